@@ -1,0 +1,37 @@
+"""Attention (Vaswani et al. 2017): softmax(q k' / sqrt(H)) v over the keys a query may see.
+
+  out[b,t,k,g,:] = sum_s p[s] v[b,s,k,:],   p = softmax_s(q[b,t,k,g,:] . k[b,s,k,:] / sqrt(H))
+
+A query at index t sees the keys s <= t of its own document. G query heads share one key head
+(Ainslie et al. 2023). Softmax runs in float32.
+"""
+import jax
+import jax.numpy as jnp
+
+
+def attention(q_BTKGH, k_BSKH, v_BSKH, *, segments_BT=None, start_B=None):
+  """Causal attention, BTKGH like q.
+
+  segments_BT: number of the document of every position (packed rows); needs T = S.
+  start_B: index of each row's first query among its S keys (a cache); None means 0.
+  """
+  return reference(q_BTKGH, k_BSKH, v_BSKH, segments_BT=segments_BT, start_B=start_B)
+
+
+def mask(T: int, S: int, segments_BT=None, start_B=None):
+  """Which keys a query sees, BTS (B is 1 if all rows are alike)."""
+  index_BT = jnp.arange(T)[None] + (jnp.zeros((1, 1), jnp.int32) if start_B is None else start_B[:, None])
+  seen_BTS = jnp.arange(S)[None, None] <= index_BT[..., None]
+  if segments_BT is not None:
+    seen_BTS &= segments_BT[:, :, None] == segments_BT[:, None, :]
+  return seen_BTS
+
+
+def reference(q_BTKGH, k_BSKH, v_BSKH, *, segments_BT=None, start_B=None):
+  """The equation above, word for word; all scores in memory."""
+  T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
+  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH).astype(jnp.float32) * H**-0.5
+  seen_BTS = mask(T, S, segments_BT, start_B)
+  score_BKGTS = jnp.where(seen_BTS[:, None, None], score_BKGTS, -jnp.inf)
+  prob_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
+  return jnp.einsum('BKGTS,BSKH->BTKGH', prob_BKGTS, v_BSKH)

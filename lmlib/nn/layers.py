@@ -1,0 +1,46 @@
+"""The one door through which weights enter a model, norms, dropout and the embedding.
+
+Weights are stored in float32 and cast to the activations' type where they are used; norms
+run in float32 (Zhang and Sennrich 2019 for RMSNorm).
+"""
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmlib.sharding import Lettered
+
+variance_scaling = jax.nn.initializers.variance_scaling
+
+
+def weight(module: nn.Module, name: str, axes: str, fan_in: str, scale: float = 1.0) -> jax.Array:
+  """A float32 weight of `module`, one letter an axis, of standard deviation scale / sqrt(fan in).
+
+  The sizes come from `module.sizes`, a mapping from letters; the fan in is the product of the
+  sizes of the letters `fan_in`.
+  """
+  shape = tuple(module.sizes[a] for a in axes)
+  where = tuple(axes.index(a) for a in fan_in)
+  rest = tuple(i for i in range(len(axes)) if i not in where)
+  normal = variance_scaling(scale**2, 'fan_in', 'normal', in_axis=where, out_axis=rest)
+  return module.param(name, lambda key: Lettered(normal(key, shape, jnp.float32), axes))
+
+
+class RmsNorm(nn.Module):
+  """x / rms(x) * scale over the last axis, in float32, returned in the type of x."""
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    scale_D = self.param('scale', lambda key: Lettered(jnp.ones(x_BTD.shape[-1:], jnp.float32), 'D'))
+    y_BTD = x_BTD.astype(jnp.float32)
+    y_BTD *= jax.lax.rsqrt(jnp.mean(y_BTD**2, axis=-1, keepdims=True) + self.epsilon)
+    return (y_BTD * scale_D[None, None]).astype(x_BTD.dtype)
+
+
+def dropout(x_BTD, keys_B, rate: float):
+  """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate); one random key a row.
+
+  A row's own key decides its mask, so microbatches and devices do not change it.
+  """
+  keep_BTD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys_B)
+  return jnp.where(keep_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

@@ -1,0 +1,46 @@
+"""What a weight is to an optimizer, read from its name and its axis letters.
+
+  matrix     multiplies activations: 'LDF', 'LDKGH', 'LEFD'
+  embedding  has the vocabulary as an axis: 'VD', and so the untied output matrix 'DV' as well
+  vector     scales or shifts: named scale or bias, or one letter long: 'LD', 'LEF'
+
+Layers and experts in front (L, E) stack weights and never count; the E of a router, 'LDE', does.
+"""
+import jax
+
+KINDS = ('matrix', 'embedding', 'vector')
+
+
+def stacked(axes: str) -> int:
+  """How many axes in front only stack weights: 1 for 'LDF', 2 for 'LEDF', 0 for 'DF'."""
+  return len(axes) - len(axes.lstrip('LE'))
+
+
+def kind(name: str, axes: str) -> str:
+  """One of KINDS, from a weight's own name, such as 'up', and its axis letters."""
+  if name in ('scale', 'bias') or name.endswith(('_scale', '_bias')) or len(axes) - stacked(axes) <= 1:
+    return 'vector'
+  return 'embedding' if 'V' in axes else 'matrix'
+
+
+def kinds(letters):
+  """The kind of every weight, in a tree like `letters`, which holds the axis letters ('LDF')."""
+  def of(path, axes):
+    return kind(str(getattr(path[-1], 'key', path[-1])) if path else '', axes)
+
+  return jax.tree.map_with_path(of, letters)
+
+
+def fans(axes: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The axes of a matrix that its product sums over, and those it makes: ((1,), (2, 3)) for 'LDKH'.
+
+  D in front reads the residual stream and D at the end writes to it; all other axes, but the stacked
+  ones, are the other side. Without D at an end a matrix of two axes maps the first to the second.
+  Raises ValueError for any other letters.
+  """
+  where = tuple(range(stacked(axes), len(axes)))
+  if axes[where[0]:].startswith('D') or len(where) == 2:
+    return where[:1], where[1:]
+  if axes.endswith('D'):
+    return where[:-1], where[-1:]
+  raise ValueError(f'weight axes {axes!r}: D at neither end, so fan-in and fan-out are unknown')

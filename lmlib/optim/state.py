@@ -1,0 +1,22 @@
+"""Where the state of an optimizer lives: moments beside their weights, the rest everywhere."""
+import jax
+import optax
+
+
+def state_shardings(transformation: optax.GradientTransformation, shapes, shardings, replicated):
+  """The sharding of every array in transformation.init(weights), in a tree like it.
+
+  An array of the state that belongs to a weight and has its shape gets that weight's sharding; counts,
+  and the smaller factored moments of Adafactor, get `replicated`. `shapes` and `shardings` are trees like the
+  weights, of jax.ShapeDtypeStruct or arrays, and of NamedSharding.
+  """
+  masked = lambda x: isinstance(x, optax.MaskedNode)  # stands where a weight is another optimizer's
+
+  def placed(moment, weight, sharding):
+    if masked(moment):
+      return moment
+    return sharding if moment.shape == weight.shape else replicated
+
+  return optax.tree_utils.tree_map_params(
+      transformation, placed, jax.eval_shape(transformation.init, shapes), shapes, shardings,
+      transform_non_params=lambda _: replicated, is_leaf=masked)

@@ -1,0 +1,160 @@
+"""Where arrays live: one alphabet of axes, and two tables from letters to mesh axes.
+
+A letter means the same thing in a name (x_BTD), in an einsum ('BTD,DF->BTF') and
+in a rule (('F', ('tensor',))):
+
+  B batch        T query position   S key position     D model width
+  N query heads  K key/value heads  G query heads per key head (N = K * G)
+  H head width   F hidden width     V vocabulary       E experts     L layers
+"""
+import contextlib
+import contextvars
+import dataclasses
+import math
+
+from flax import linen as nn
+from flax import struct
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+ALPHABET = frozenset('BTSDNKGHFVEL')
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+# Read top to bottom. A row applies if its mesh axes are still unused in this array and
+# divide this dimension: 'tensor' goes to K where it divides K, else to G.
+TENSOR = tuple((letter, ('tensor',)) for letter in 'KGFV')
+WEIGHTS = (('D', ('fsdp',)), *TENSOR)
+ARRAYS = (('B', ('data', 'fsdp')), *TENSOR)
+
+_current = contextvars.ContextVar('mesh and layout', default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How many devices each mesh axis takes, and which letters it splits.
+
+  `data` splits the batch; `fsdp` splits the batch and the stored weights with their
+  optimizer state (ZeRO-3, Rajbhandari et al. 2020); `tensor` splits heads, hidden width and
+  vocabulary (Shoeybi et al. 2019). One size may be -1: the devices that are left.
+  """
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  weights: tuple = WEIGHTS
+  arrays: tuple = ARRAYS
+
+  def __post_init__(self):
+    for name, size in zip(MESH_AXES, self.sizes):
+      if not isinstance(size, int) or size == 0 or size < -1:
+        raise ValueError(f'Layout.{name}={size!r} must be a positive number of devices, or -1 for those left')
+    if self.sizes.count(-1) > 1:
+      raise ValueError(f'Layout data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: only one may be -1')
+    for letter, mesh_axes in (*self.weights, *self.arrays):
+      if letter not in ALPHABET or not set(mesh_axes) <= set(MESH_AXES):
+        raise ValueError(f'Layout rule {(letter, mesh_axes)}: letters are {"".join(sorted(ALPHABET))}, '
+                         f'mesh axes are {MESH_AXES}')
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    return (self.data, self.fsdp, self.tensor)
+
+  def mesh(self, devices=None) -> Mesh:
+    """The mesh over `devices` (default: all). Raises ValueError if it does not use them all."""
+    devices = jax.devices() if devices is None else devices
+    fixed = math.prod(size for size in self.sizes if size > 0)
+    asked = f'Layout data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}'
+    if fixed > len(devices):
+      raise ValueError(f'{asked} needs {fixed} devices, but there are {len(devices)}')
+    if len(devices) % fixed or (-1 not in self.sizes and fixed != len(devices)):
+      raise ValueError(f'{asked} takes a multiple of {fixed} devices, but there are {len(devices)}'
+                       if -1 in self.sizes else
+                       f'{asked} uses {fixed} of {len(devices)} devices: set one size to -1 to use them all')
+    sizes = tuple(size if size > 0 else len(devices) // fixed for size in self.sizes)
+    auto = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh alone gives Explicit axes
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
+
+
+@contextlib.contextmanager
+def use(layout: Layout, devices=None):
+  """Makes the layout current for constrain() and shardings() inside; yields its mesh."""
+  mesh = layout.mesh(devices)
+  token = _current.set((mesh, layout))
+  try:
+    with jax.set_mesh(mesh):
+      yield mesh
+  finally:
+    _current.reset(token)
+
+
+def in_use() -> bool:
+  return _current.get() is not None
+
+
+def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, rules) -> PartitionSpec:
+  """The PartitionSpec of an array whose dimensions are named by `axes`, by a table of rules."""
+  if unknown := set(axes) - ALPHABET:
+    raise ValueError(f'{axes!r} uses {sorted(unknown)}: not in the alphabet of sharding.py')
+  taken, placed = set(), {}
+  for letter, mesh_axes in rules:
+    if letter in axes and letter not in placed and not taken & set(mesh_axes):
+      if shape[axes.index(letter)] % math.prod(mesh.shape[m] for m in mesh_axes) == 0:
+        placed[letter] = mesh_axes
+        taken |= set(mesh_axes)
+  return PartitionSpec(*(placed.get(a) for a in axes))
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+  """Lays x out by the rules in use; outside use() there is one device and no rule."""
+  assert len(axes) == x.ndim, (axes, x.shape)
+  if not in_use():
+    return x
+  mesh, layout = _current.get()
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, layout.arrays)))
+
+
+class Lettered(struct.PyTreeNode, nn.meta.AxisMetadata):
+  """A weight and the letters of its axes; what module.init returns until nn.unbox() takes it off."""
+  value: jax.Array
+  axes: str = struct.field(pytree_node=False)
+
+  def unbox(self):
+    return self.value
+
+  def replace_boxed(self, val):
+    return self.replace(value=val)
+
+  def add_axis(self, index, params):
+    return self.replace(axes=self.axes[:index] + params[nn.PARTITION_NAME] + self.axes[index:])
+
+  def remove_axis(self, index, params):
+    return self.replace(axes=self.axes[:index] + self.axes[index + 1:])
+
+
+def letters(boxed):
+  """The axis letters of every weight, such as 'LDF', in a tree from module.init or its eval_shape."""
+  return jax.tree.map(lambda box: box.axes, boxed, is_leaf=lambda x: isinstance(x, Lettered))
+
+
+def shardings(boxed):
+  """The NamedSharding of every weight in a tree from module.init or its eval_shape, inside use()."""
+  mesh, layout = _current.get()
+  return jax.tree.map(lambda axes, x: NamedSharding(mesh, spec(axes, x.shape, mesh, layout.weights)),
+                      letters(boxed), nn.unbox(boxed))
+
+
+def batch_sharding(axes: str, shape: tuple[int, ...]) -> NamedSharding:
+  """Where an input array named by `axes` goes, inside use()."""
+  mesh, layout = _current.get()
+  return NamedSharding(mesh, spec(axes, shape, mesh, layout.arrays))
+
+
+def replicated() -> NamedSharding:
+  return NamedSharding(_current.get()[0], PartitionSpec())
+
+
+def batch_devices() -> int:
+  """Into how many parts the layout in use splits a batch (1 outside use())."""
+  if not in_use():
+    return 1
+  mesh, layout = _current.get()
+  return math.prod(mesh.shape[m] for letter, mesh_axes in layout.arrays if letter == 'B' for m in mesh_axes)

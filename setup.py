@@ -1,0 +1,28 @@
+from setuptools import find_packages, setup
+
+NEW = 'python_version >= "3.12"'  # jax 0.11 and later need Python 3.12; flax follows jax in pairs
+OLD = 'python_version < "3.12"'
+
+setup(
+    name='lmlib',
+    version='0.1.0',
+    description='Transformer language models in JAX: readable in a weekend, trusted on a pod',
+    long_description=open('README.md', encoding='utf-8').read(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['lmlib', 'lmlib.*']),
+    install_requires=[
+        f'jax>=0.10.2,<0.11; {OLD}', f'flax>=0.12.8,<0.12.9; {OLD}',
+        f'jax>=0.11.1,<0.13; {NEW}', f'flax>=0.12.12,<0.13; {NEW}',
+        'optax>=0.2.8,<0.3', 'orbax-checkpoint>=0.12.8,<0.13', 'tensorstore>=0.1.86', 'numpy>=2',
+        'absl-py>=2', 'gin-config==0.5.0', 'sentencepiece>=0.2.1,<0.3', 'seqio>=0.0.20',
+        'rich>=13', 'matplotlib>=3.9', 'tensorboardX>=2.6.2',
+    ],
+    extras_require={
+        'tpu': [f'jax[tpu]>=0.10.2,<0.11; {OLD}', f'jax[tpu]>=0.11.1,<0.13; {NEW}'],
+        'cuda': [f'jax[cuda13]>=0.10.2,<0.11; {OLD}', f'jax[cuda13]>=0.11.1,<0.13; {NEW}'],
+        'test': ['pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'nbclient>=0.10', 'nbformat>=5', 'ipykernel>=6'],
+    },
+    classifiers=['License :: OSI Approved :: Apache Software License', 'Programming Language :: Python :: 3'],
+)

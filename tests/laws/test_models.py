@@ -1,0 +1,142 @@
+"""Laws that every decoder keeps."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmlib.models import protocol
+from tests.laws.models import CONFIGS, made, tokens
+
+# float32 sums of different length or order: 1e-5 of logits of size 1 is a hundred roundings.
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+configs = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, params, *args):
+  return config.model().apply({'params': params}, *args)
+
+
+def logits(config, params, tokens_BT, segments_BT=None):
+  return apply(config, params, tokens_BT, segments_BT)[0]
+
+
+@configs
+def test_the_future_does_not_change_the_past(config):
+  """By gradients: the output at t depends on the embedding of the token at s if s <= t, and only then."""
+  params, T = made(config), 6
+  tokens_BT = jnp.arange(T)[None]  # all tokens differ, so a row of the table is a position
+
+  def outputs(table_VD):
+    model = config.model()
+    hidden_BTD, _ = model.apply({'params': params | {'embedding': table_VD}}, tokens_BT, method='hidden')
+    return hidden_BTD[0] @ jnp.arange(1.0, config.width + 1)
+
+  size_TS = np.abs(jax.jit(jax.jacrev(outputs))(params['embedding'])).sum(-1)[:, :T]
+  np.testing.assert_array_equal(size_TS > 0, np.tri(T, dtype=bool))
+
+
+@configs
+def test_packed_documents_do_not_leak(config):
+  params = made(config)
+  a_BT, b_BT = tokens(config, 2, 5), tokens(config, 2, 7, seed=3)
+  packed_BT = jnp.concatenate([a_BT, b_BT], 1)
+  segments_BT = jnp.concatenate([jnp.full_like(a_BT, 1), jnp.full_like(b_BT, 2)], 1)
+  packed_BTV = logits(config, params, packed_BT, segments_BT)
+  np.testing.assert_allclose(packed_BTV[:, :5], logits(config, params, a_BT), **CLOSE)
+  np.testing.assert_allclose(packed_BTV[:, 5:], logits(config, params, b_BT), **CLOSE)
+  alone_BTV = logits(config, params, packed_BT)
+  assert np.abs(alone_BTV[:, 5:] - packed_BTV[:, 5:]).max() > 0.01  # without segments they would
+
+
+@configs
+@pytest.mark.parametrize('chunks', [(12,), (7, 5), (1,) * 12])
+def test_decoding_equals_the_forward_pass(config, chunks):
+  params, tokens_BT = made(config), tokens(config, 3, 12)
+  cache, out, at = config.cache(3, 16), [], 0
+  for chunk in chunks:
+    out_BTV, cache = apply(config, params, tokens_BT[:, at:at + chunk], None, cache)
+    out, at = [*out, out_BTV], at + chunk
+  np.testing.assert_allclose(jnp.concatenate(out, 1), logits(config, params, tokens_BT), **CLOSE)
+  np.testing.assert_array_equal(cache.used_B, [12] * 3)
+
+
+@configs
+def test_rows_of_different_length_decode_together(config):
+  params, tokens_BT, lengths_B = made(config), tokens(config, 3, 10), jnp.array([2, 7, 5])
+  _, cache = apply(config, params, tokens_BT[:, :8], None, config.cache(3, 12))  # right-padded prompts: the rest of 8 is junk
+  cache = cache.replace(used_B=lengths_B)
+  next_BT = jnp.take_along_axis(tokens_BT, lengths_B[:, None], 1)
+  out_BTV, _ = apply(config, params, next_BT, None, cache)
+  full_BTV = logits(config, params, tokens_BT)
+  for b, length in enumerate(lengths_B):
+    np.testing.assert_allclose(out_BTV[b, 0], full_BTV[b, length], **CLOSE)
+
+
+@configs
+def test_scanned_and_unrolled_layers_are_equal(config):
+  params, tokens_BT = made(config), tokens(config, 2, 8)
+  unrolled = dataclasses.replace(config, scan=False)
+  np.testing.assert_allclose(logits(config, params, tokens_BT), logits(unrolled, params, tokens_BT), **CLOSE)
+
+
+@configs
+def test_remat_changes_memory_and_not_numbers(config):
+  config = dataclasses.replace(config, layers=6)
+  params, tokens_BT = made(config), tokens(config, 4, 32)
+  found = {}
+  for remat in (None, 'dots', 'full'):
+    model = dataclasses.replace(config, remat=remat)
+    gradient = jax.jit(jax.grad(lambda p, m=model: (logits(m, p, tokens_BT)**2).sum()))
+    compiled = gradient.lower(params).compile()
+    found[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(params)
+  memory = {remat: size for remat, (size, _) in found.items()}
+  assert memory['full'] < memory['dots'] < memory[None], memory
+  for remat in ('dots', 'full'):
+    for a, b in zip(jax.tree.leaves(found[remat][1]), jax.tree.leaves(found[None][1])):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())  # other order of sums
+
+
+@configs
+def test_mixed_precision_keeps_weights_and_logits_in_float32(config):
+  mixed = dataclasses.replace(config, dtype='bfloat16')
+  params, tokens_BT = protocol.init(mixed, jax.random.key(0)), tokens(config, 2, 8)
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {'float32'}
+  grads = jax.eval_shape(jax.grad(lambda p: logits(mixed, p, tokens_BT).sum()), params)
+  assert {x.dtype.name for x in jax.tree.leaves(grads)} == {'float32'}
+  full_BTV, mixed_BTV = logits(config, params, tokens_BT), logits(mixed, params, tokens_BT)
+  assert mixed_BTV.dtype == jnp.float32
+  hidden_BTD, _ = jax.eval_shape(lambda p: mixed.model().apply({'params': p}, tokens_BT, method='hidden'), params)
+  assert hidden_BTD.dtype == jnp.bfloat16
+  error = np.linalg.norm(mixed_BTV - full_BTV) / np.linalg.norm(full_BTV)
+  assert 0 < error < 0.03  # bfloat16 rounds by 2^-9 = 0.002, a few times over
+
+
+@configs
+def test_dropout_belongs_to_the_row(config):
+  dropping = dataclasses.replace(config, dropout=0.5)
+  params, tokens_BT = made(config), tokens(config, 1, 8).repeat(3, 0)
+  keys_B = jax.vmap(jax.random.key)(jnp.array([5, 6, 5]))
+  run = lambda tokens, keys: apply(dropping, params, tokens, None, None, keys)[0]
+  out_BTV = run(tokens_BT, keys_B)
+  np.testing.assert_array_equal(out_BTV[0], out_BTV[2])
+  assert np.abs(out_BTV[0] - out_BTV[1]).max() > 0.01
+  np.testing.assert_allclose(run(tokens_BT[:1], keys_B[:1])[0], out_BTV[0], **CLOSE)
+  np.testing.assert_array_equal(run(tokens_BT, None), logits(config, params, tokens_BT))
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share():
+  from lmlib.nn.layers import dropout
+  y_BTD = dropout(jnp.ones((4, 64, 64)), jax.random.split(jax.random.key(0), 4), 0.3)
+  share = float((y_BTD == 0).mean())
+  assert abs(share - 0.3) < 0.02  # 16384 draws: five standard deviations are 0.018
+  np.testing.assert_allclose(y_BTD[y_BTD != 0], 1 / 0.7, rtol=1e-6)
+
+
+@configs
+def test_a_sequence_longer_than_the_model_is_refused(config):
+  with pytest.raises(ValueError, match=r'33 tokens.*length=32'):
+    logits(config, made(config), tokens(config, 1, 33))
