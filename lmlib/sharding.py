@@ -142,10 +142,17 @@ def shardings(boxed):
                       letters(boxed), nn.unbox(boxed))
 
 
-def batch_sharding(axes: str, shape: tuple[int, ...]) -> NamedSharding:
-  """Where an input array named by `axes` goes, inside use()."""
+def placer():
+  """A function that puts a batch, {'tokens_BT': array, ...}, where the layout in use wants it.
+
+  The name of an array ends in its axes. Works in other threads, which do not see use(); outside use()
+  it puts everything on the first device.
+  """
+  if not in_use():
+    return jax.device_put
   mesh, layout = _current.get()
-  return NamedSharding(mesh, spec(axes, shape, mesh, layout.arrays))
+  where = lambda name, x: NamedSharding(mesh, spec(name.rpartition('_')[2], x.shape, mesh, layout.arrays))
+  return lambda batch: jax.device_put(batch, {name: where(name, x) for name, x in batch.items()})
 
 
 def replicated() -> NamedSharding:

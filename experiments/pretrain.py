@@ -1,0 +1,98 @@
+"""Pretrains a decoder-only language model on text and scores it on whole documents it has never seen.
+
+  python experiments/pretrain.py --gin_file=quickstart.gin
+  python experiments/pretrain.py --gin_file=quickstart.gin --gin_bindings='STEPS = 100'
+
+The same command run again goes on where it stopped.
+"""
+import contextlib
+import json
+
+import jax
+
+from lmlib import cli, gin_text, sharding, trees
+from lmlib.data.loader import Loader
+from lmlib.data.packing import Batches
+from lmlib.data.prepare import prepare
+from lmlib.eval import perplexity, report
+from lmlib.models import protocol
+from lmlib.plan import chips, cost
+from lmlib.serve.generate import generate
+from lmlib.train import loop, losses, metrics
+from lmlib.train import step as step_of
+from lmlib.train.checkpoint import Checkpoints
+from lmlib.train.workdir import Workdir
+
+
+def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0,
+         loss=losses.NextToken(), length: int | None = None, microbatches: int = 1, save_every: int = 100,
+         keep: int = 2, prompts: tuple = ('import ', 'class ', 'def read(')):
+  """Trains `model` on `data` for `steps` steps of `batch` rows of `length` tokens (None: the model's length).
+
+  Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written; the last
+  `keep` stay. At the end the model is scored on the held-out documents and continues each of `prompts`.
+  """
+  config = gin_text.gin_text('experiments.pretrain.main', locals())
+  length = model.length if length is None else length
+  live = metrics.Live()
+
+  with contextlib.ExitStack() as stack:
+    mesh = stack.enter_context(sharding.use(layout))
+    loop.check(steps=steps, batch=batch, microbatches=microbatches, length=length, longest=model.length,
+               save_every=save_every)
+    transformation = optimizer.transformation(sharding.letters(protocol.boxed(model)), steps)
+    shapes = step_of.shapes(model, transformation)
+
+    # What it reads.
+    prepared = prepare(data, say=live.say)
+    tokenizer, batches = prepared.tokenizer, Batches(prepared.train, batch, length, seed)
+    if model.vocab != tokenizer.vocab:
+      raise ValueError(f'the model has vocab={model.vocab}, but the tokenizer of the data has {tokenizer.vocab} pieces')
+    live.say(report.data_table(prepared.rows, prepared.skipped))
+
+    # Where it writes.
+    identity = dict(model=model, optimizer=optimizer, loss=loss, data=prepared.train.fingerprint, batch=batch,
+                    length=length, microbatches=microbatches, seed=seed)
+    flops, (peak, peak_source) = cost.train_flops(model, length), chips.peak_flops(mesh.devices.flat)
+    facts = dict(parameters=trees.count(shapes.params), mesh=dict(mesh.shape), data=prepared.rows, peak_flops=peak,
+                 peak_source=peak_source, flops_per_token=flops.exact, flops_per_token_6nd=flops.six_nd)
+    folder = stack.enter_context(Workdir(workdir, identity=identity, config=config, manifest=facts,
+                                         need=trees.nbytes(shapes) * (keep + 1)))
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / 'checkpoints', keep=keep, say=live.say)))
+
+    # What it starts from.
+    if restored := checkpoints.restore(shapes):
+      state = restored[0]
+    else:
+      state = step_of.init(model, transformation, jax.random.key(seed))
+    start = int(state.step)
+    live.say(report.opening(facts, folder, start, steps))
+    summary = folder / 'report' / 'summary.json'
+    if start >= steps and summary.exists() and (done := json.loads(summary.read_text()))['steps'] == start:
+      live.say(f'finished: all {steps} steps are done\n{report.closing(done, folder)}')
+      return
+
+    # What it does.
+    if start < steps:
+      step = step_of.compiled(loss.of(model), transformation, microbatches, shapes)
+      loader = stack.enter_context(Loader(batches.batch_at, start, steps, place=sharding.placer()))
+      record = metrics.Record(folder, start=start, steps=steps, flops=flops, peak=peak, live=live)
+      state = loop.train(state, step, steps=steps, loader=loader, record=record, checkpoints=checkpoints,
+                         save_every=save_every, rate=lambda i: optimizer.schedule.rate(i, steps),
+                         describe=batches.describe, say=live.say)
+
+    # What it has learned.
+    live.say('scoring the held-out documents and writing the report')
+    held_out = prepared.held_out
+    score = perplexity.score(model, state.params, held_out.scored(), length=length, stride=max(1, length // 2))
+    text = ''.join(held_out.text(i) for i in range(held_out.documents)).encode()
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    new = min(200, model.length - max(map(len, ids)))
+    continued = generate(model, state.params, ids, new=new, eos=tokenizer.eos, temperature=0.7, seed=seed)
+    samples = [(prompt, tokenizer.decode(row)) for prompt, row in zip(prompts, continued)]
+    done = report.write(folder, score=score, others=perplexity.compressors(text), samples=samples, facts=facts)
+    live.say(report.closing(done, folder))
+
+
+if __name__ == '__main__':
+  cli.run(__file__)

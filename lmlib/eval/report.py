@@ -1,0 +1,93 @@
+"""What a run says of itself: tables for the screen, report/ with pictures, samples and figures."""
+import json
+import pathlib
+import statistics
+
+from lmlib.eval.perplexity import Score
+from lmlib.train import metrics
+
+
+def data_table(rows: list[dict], skipped) -> str:
+  """Documents, bytes and tokens of every part, and how many files were left out."""
+  lines = [f'{"data":<12}{"documents":>10}{"MB":>9}{"tokens":>12}{"bytes/token":>13}']
+  lines += [f'{row["part"]:<12}{row["documents"]:>10,}{row["bytes"] / 1e6:>9.2f}{row["tokens"]:>12,}'
+            f'{row["bytes_per_token"]:>13.2f}' for row in rows]
+  if skipped:
+    lines.append(f'skipped {len(skipped)} files, for example {skipped[0][0]}: {skipped[0][1]}')
+  return '\n'.join(lines)
+
+
+def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
+  """The model, the devices and the folder, before the first step."""
+  mesh = ' x '.join(f'{name} {size}' for name, size in facts['mesh'].items())
+  peak = f', peak {facts["peak_flops"] / 1e12:.3g} TFLOP/s' if facts['peak_flops'] else ''
+  where = f'going on after step {start} of {steps}' if start else f'{steps} steps'
+  return (f'model       {facts["parameters"]:,} weights; {facts["flops_per_token"] / 1e6:,.1f} MFLOP a token to train '
+          f'(6ND: {facts["flops_per_token_6nd"] / 1e6:,.1f})\n'
+          f'mesh        {mesh}{peak} ({facts["peak_source"]})\n'
+          f'workdir     {folder}: {where}')
+
+
+def write(folder: pathlib.Path, *, score: Score, others: dict[str, float], samples, facts: dict) -> dict:
+  """Writes report/ (loss.png, samples.txt, summary.json); returns the figures of the summary."""
+  out = folder / 'report'
+  out.mkdir(exist_ok=True)
+  lines = metrics.read(folder / 'metrics.jsonl')
+  steady = lines[1:] or lines  # the first step compiles
+  summary = {
+      'bits_per_byte': score.bits_per_byte, 'perplexity': score.perplexity, 'held_out_bytes': score.bytes,
+      'compressors_bits_per_byte': others, 'parameters': facts['parameters'], 'steps': lines[-1]['step'],
+      'tokens': lines[-1]['tokens'], 'loss': lines[-1]['loss'], 'seconds': sum(line['seconds'] for line in lines),
+      'seconds_waited_for_data': sum(line['waited'] for line in lines),
+      'seconds_saving': sum(line['saving'] for line in lines),
+      'tokens_per_second': statistics.median(line['tokens_per_second'] for line in steady),
+      'mfu': statistics.median(line['mfu'] for line in steady) if 'mfu' in lines[-1] else None,
+      'memory_bytes': lines[-1]['memory_bytes'], 'steps_skipped': sum(not line['finite'] for line in lines)}
+  (out / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+  (out / 'samples.txt').write_text(''.join(
+      f'---- {prompt!r} is continued\n{prompt}{continued}\n\n' for prompt, continued in samples))
+  loss_curve(lines, out / 'loss.png', title=folder.name, held_out=score.nats / score.tokens)
+  return summary
+
+
+def closing(summary: dict, folder: pathlib.Path) -> str:
+  """What came out and what to do next."""
+  rows = [('this model', summary['bits_per_byte']), *summary['compressors_bits_per_byte'].items()]
+  mfu = f', MFU {summary["mfu"]:.0%}' if summary['mfu'] else ''
+  skipped = f', {summary["steps_skipped"]} steps skipped as not finite' if summary['steps_skipped'] else ''
+  work = f"--gin_bindings='WORKDIR = \"{folder}\"'"
+  return '\n'.join([
+      f'trained     {summary["steps"]:,} steps, {summary["tokens"]:,} tokens in {metrics.clock(summary["seconds"])}; '
+      f'{summary["tokens_per_second"]:,.0f} tokens/s{mfu}{skipped}',
+      f'waited      {summary["seconds_waited_for_data"]:.1f} s for data, {summary["seconds_saving"]:.1f} s for checkpoints',
+      '', f'held out    {summary["held_out_bytes"] / 1e6:.2f} MB in whole documents, none seen in training; bits per byte',
+      *(f'            {name:<12}{value:.3f}' for name, value in rows),
+      '', f'report      {folder}/report: loss.png, samples.txt, summary.json',
+      f'next        talk to it    python experiments/generate.py --gin_file=generate.gin {work}',
+      f'            score text    python experiments/evaluate.py --gin_file=evaluate.gin {work}',
+      f'            watch         tensorboard --logdir={folder}/tensorboard   (pip install tensorboard)',
+      '            scale         python experiments/pretrain.py --gin_file=pretrain_dense_124m.gin',
+      '            your text     python experiments/pretrain.py --gin_file=text_files.gin '
+      "--gin_bindings='GLOB = \"texts/**/*.txt\"'"])
+
+
+def loss_curve(lines: list[dict], path: pathlib.Path, *, title: str, held_out: float | None = None):
+  """Draws the cross-entropy of every step of metrics.jsonl and its mean over 2 % of the run."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  lines = [line for line in lines if line['nats'] is not None]
+  steps, loss = [line['step'] for line in lines], [line['nats'] for line in lines]
+  figure = Figure(figsize=(8, 4.5), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  axes.plot(steps, loss, color='#b8cbe0', linewidth=0.8, label='every step')
+  wide = max(1, len(loss) // 50)
+  smooth = [statistics.fmean(loss[max(0, i - wide + 1):i + 1]) for i in range(len(loss))]
+  axes.plot(steps, smooth, color='#1f4e79', linewidth=1.8, label=f'mean of {wide} steps')
+  if held_out is not None:
+    axes.axhline(held_out, color='#c05020', linestyle='--', linewidth=1.2, label='held-out documents, at the end')
+  axes.set(xlabel='step', ylabel='cross-entropy (nats a token)', title=f'Training loss of {title}')
+  axes.grid(alpha=0.25)
+  axes.legend(frameon=False)
+  figure.savefig(path, dpi=120)

@@ -1,0 +1,396 @@
+"""Checkpoints of a run: written behind its back, verified when read, free of layout.
+
+On orbax, whose own manager knows nothing of damage: here every array has a checksum, a
+checkpoint that is torn or altered is set aside by name and the one before it is used. On disk a
+layer is an array with a name of its own ('params/blocks_0/mlp/up'), so how layers are stacked and
+where arrays live is the reader's choice.
+
+A checkpoint is the folder <directory>/<step>: arrays in tensorstore's OCDBT, and in
+_CHECKPOINT_METADATA as JSON under 'custom_metadata' the step, the caller's `meta` and the shape,
+type and checksum of every array.
+"""
+import functools
+import json
+import logging
+import sys
+import zlib
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from lmlib import trees
+
+RECORD = '_CHECKPOINT_METADATA'  # orbax's file; it holds our record as custom_metadata
+PARTIAL = '.orbax-checkpoint-tmp'  # orbax's suffix of a checkpoint that is being written
+GOING = '.removed'  # ours of one that is being deleted
+DAMAGED = '.damaged'
+# What says that reading failed, not that the data are bad: nothing is set aside for these.
+PASSING = ('PERMISSION_DENIED', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'UNAUTHENTICATED')
+
+
+class Damaged(Exception):  # noqa: N818, a state of the disk and no fault of the caller
+  """A checkpoint that cannot be read back as it was written."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, and the only writer of their folder.
+
+  `keep` complete ones stay, and an older one goes only when a newer one is complete; `say` gets a
+  line for everything that is removed or set aside on restoring. All processes call every method.
+  """
+
+  def __init__(self, directory, *, keep: int = 2, say=print):
+    if not isinstance(keep, int) or keep < 1:
+      raise ValueError(f'keep={keep!r} must be a positive number of checkpoints')
+    self._directory = epath.Path(directory).expanduser().resolve()
+    self._keep, self._say = keep, say
+    self._writing = None  # the step that is being written behind our back
+    _hush()
+    self._directory.mkdir(parents=True, exist_ok=True)
+    # Weights hardly compress (8% with zstd), and the cores that would try are training.
+    self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
+
+  def steps(self) -> list[int]:
+    """The steps whose checkpoints are complete, oldest first."""
+    return _steps(self._directory)
+
+  def latest(self) -> int | None:
+    return max(self.steps(), default=None)
+
+  def save(self, step: int, state, meta: dict | None = None):
+    """Starts writing `state`, with `meta` of JSON values; returns once the arrays are copied.
+
+    The caller may donate `state` at once. The copy takes as much device memory as the state until
+    it is on the host. Waits for the save before this one, and raises what wait() raises.
+    """
+    self.wait()
+    path = self._directory / str(step)
+    if path.exists():
+      raise ValueError(f'a checkpoint of step {step} exists already: {path}')
+    arrays, sums = _apart(state)
+    described = {name: {'shape': list(x.shape), 'dtype': str(x.dtype), 'checksum': int(sums[name])}
+                 for name, x in arrays.items()}
+    record = {'step': int(step), 'meta': _plain(meta or {}), 'arrays': described}
+    self._writing = step
+    try:
+      self._writer.save(path, args=ocp.args.PyTreeSave(_nested(arrays)),
+                        custom_metadata=record | {'crc32': _crc32(record)})
+    except Exception as error:
+      raise self._failure(error) from error
+
+  def wait(self):
+    """Waits for the save under way, then deletes the checkpoints beyond `keep`.
+
+    Raises OSError with path, step and last good step if it could not be written; the older
+    checkpoints are as they were.
+    """
+    try:
+      self._writer.wait_until_finished()
+    except Exception as error:
+      raise self._failure(error) from error
+    if self._writing is not None:
+      self._writing = None
+      for step in self.steps()[:-self._keep]:
+        self._remove(self._directory / str(step))
+
+  def close(self):
+    """Waits, raising what wait() raises, and ends the threads that write."""
+    try:
+      self.wait()
+    finally:
+      self._writer.close()
+
+  def restore(self, abstract_state) -> tuple | None:
+    """(state, step, meta) of the newest checkpoint that is whole; None if there has been none.
+
+    `abstract_state` is a tree of ShapeDtypeStructs; an array goes where its sharding says, or to
+    the first device where it says nothing. Raises ValueError if names or shapes differ from those
+    stored, and if all checkpoints are damaged. Unfinished ones are removed, damaged ones renamed
+    to <step>.damaged, and both are said.
+    """
+    self.wait()
+    self._sweep()
+    for step in reversed(self.steps()):
+      path = self._directory / str(step)
+      try:
+        return _read(path, abstract_state)
+      except Damaged as error:
+        aside = self._set_aside(path)
+        older = max(self.steps(), default=None)
+        self._say(f'checkpoint of step {step} is damaged ({error}): set aside as {aside}; '
+                  + ('there is no older one' if older is None else f'trying that of step {older}'))
+    if aside := sorted(p.name for p in self._directory.iterdir() if DAMAGED in p.name):
+      raise ValueError(f'no usable checkpoint in {self._directory}: all are damaged ({", ".join(aside)}); '
+                       'remove the folder to start again')
+
+  def _failure(self, error: Exception) -> OSError:
+    step, self._writing = self._writing, None
+    path, last = self._directory / str(step), self.latest()
+    if jax.process_index() == 0:
+      self._discard(self._directory / f'{step}{PARTIAL}')
+    return OSError(f'checkpoint of step {step} could not be written to {path}: {_reason(error)}; '
+                   + ('there is no earlier one' if last is None else f'the last good one is of step {last}'))
+
+  def _sweep(self):
+    """Removes what an interrupted save or an interrupted removal left."""
+    if jax.process_index() == 0:
+      for path in sorted(self._directory.iterdir()):
+        if path.name.endswith(GOING):
+          self._discard(path)
+        elif PARTIAL in path.name:
+          self._discard(path)
+          self._say(f'removed {path}: a checkpoint whose writing was interrupted')
+    _together('swept')
+
+  def _remove(self, path):
+    # Renamed first: a removal cut short must not look like a damaged checkpoint.
+    if jax.process_index() == 0:
+      self._discard(path.rename(f'{path}{GOING}'))
+
+  def _discard(self, path):
+    try:
+      path.rmtree(missing_ok=True)
+    except OSError as error:
+      self._say(f'could not remove {path}: {error}')
+
+  def _set_aside(self, path):
+    aside, more = epath.Path(f'{path}{DAMAGED}'), 1
+    while aside.exists():
+      aside, more = epath.Path(f'{path}{DAMAGED}.{more}'), more + 1
+    _together('set aside')  # all have chosen the name
+    if jax.process_index() == 0:
+      path.rename(aside)
+    _together('is aside')
+    return aside
+
+
+def restore_params(directory, abstract_params, *, say=print) -> tuple:
+  """(params, step, meta) of the newest checkpoint that is whole, without the optimizer's state.
+
+  For evaluation and generation, also while the run goes on: nothing on disk is changed. Raises
+  ValueError as Checkpoints.restore does, and if there is no checkpoint.
+  """
+  directory = epath.Path(directory).expanduser().resolve()
+  steps = _steps(directory) if directory.is_dir() else []
+  for step in reversed(steps):
+    try:
+      tree, step, meta = _read(directory / str(step), {'params': abstract_params}, whole=False)
+      return tree['params'], step, meta
+    except Damaged as error:
+      say(f'checkpoint of step {step} is damaged ({error}): {directory / str(step)} is not used')
+  why = 'all are damaged' if steps else 'there is none'
+  raise ValueError(f'no usable checkpoint in {directory}: {why}')
+
+
+def _steps(directory) -> list[int]:
+  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def _hush():
+  """Keeps off the screen what orbax says of failures: they reach the caller as exceptions, in one line."""
+  logging.getLogger('absl').addFilter(_not_orbax)
+  if not hasattr(sys.unraisablehook, 'before_checkpoints'):
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+      # When one of many writes fails orbax closes its event loop, and each of the others complains.
+      if str(unraisable.exc_value) != 'Event loop is closed':
+        before(unraisable)
+
+    hook.before_checkpoints = before
+    sys.unraisablehook = hook
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  return 'orbax' not in record.pathname
+
+
+def _apart(state) -> tuple[dict, dict]:
+  """Copies of the arrays of a state and their checksums, by name on disk."""
+  copies = {}
+  for (name, layers), leaf in zip(trees.layer_names(state, _params(state)).items(), jax.tree.leaves(state)):
+    if layers is None:
+      copies[name] = _copy(leaf.sharding)(leaf)
+    else:
+      one = trees.layer(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding))
+      copies |= {part: _layer(one.sharding)(leaf, i) for i, part in enumerate(layers)}
+  # Each checksum comes out of the jit that copied: once they are here, the copies are made.
+  sums = jax.device_get({name: value for name, (_, value) in copies.items()})
+  return {name: array for name, (array, _) in copies.items()}, sums
+
+
+@functools.cache
+def _layer(sharding):
+  """jit of (x, i) -> (a copy of x[i], its checksum). i is traced: one small program for all layers."""
+
+  def layer(x, i):
+    part = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    return part, trees.checksum(part)
+
+  return _jit(layer, sharding)
+
+
+@functools.cache
+def _copy(sharding):
+  """jit of x -> (a copy, its checksum). jit may hand an unchanged argument through, but not x.copy()."""
+  return _jit(lambda x: (x.copy(), trees.checksum(x)), sharding)
+
+
+@functools.cache
+def _join(sharding, layers: int, dtype):
+  """jit of the parts of a leaf -> (the leaf as dtype, checksums of the parts); the leaf is a copy."""
+
+  def join(*parts):
+    stack = jnp.stack(parts)
+    return (stack if layers else stack[0]).astype(dtype), jax.vmap(trees.checksum)(stack)
+
+  return _jit(join, sharding)
+
+
+def _jit(function, sharding):
+  """function jitted to return (an array laid out by `sharding`, checksums on every device)."""
+  if not isinstance(sharding, NamedSharding):
+    return jax.jit(function)
+  return jax.jit(function, out_shardings=(sharding, NamedSharding(sharding.mesh, PartitionSpec())))
+
+
+def _read(path, abstract, *, whole: bool = True) -> tuple:
+  """(tree, step, meta) of one checkpoint.
+
+  whole: it must hold nothing else. Raises Damaged, or ValueError if another tree is stored.
+  """
+  params = _params(abstract)
+  record = _agreed(lambda: _record(path))
+  _fits(path, record['arrays'], trees.unstacked(abstract, params), whole)
+  leaves, sums = [], {}
+  # One leaf after the other, so that no more than one is in memory twice.
+  for (name, layers), leaf in zip(trees.layer_names(abstract, params).items(), jax.tree.leaves(abstract)):
+    names = layers or (name,)
+    part = leaf if layers is None else trees.layer(leaf)
+    parts = _agreed(lambda: _load(path, names, part.sharding, record['arrays']))  # noqa: B023, called here
+    joined, sums[names] = _join(leaf.sharding, len(layers or ()), leaf.dtype)(*parts)
+    leaves.append(joined)
+  for names, values in jax.device_get(sums).items():
+    for name, value in zip(names, values):
+      if (stored := record['arrays'][name]['checksum']) != int(value):
+        raise Damaged(f'{name} has checksum {int(value)}, written was {stored}')
+  return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record['step'], record['meta']
+
+
+def _record(path) -> dict:
+  """What save() wrote beside the arrays. Raises Damaged if it is missing or altered."""
+  try:
+    record = json.loads((path / RECORD).read_text())['custom_metadata']
+    crc32 = record.pop('crc32')
+  except FileNotFoundError:
+    raise Damaged(f'{RECORD} is missing') from None
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise Damaged(f'{RECORD} is unreadable: {_reason(error)}') from error
+  if crc32 != _crc32(record) or str(record['step']) != path.name:
+    raise Damaged(f'{RECORD} is altered')
+  return record
+
+
+def _fits(path, stored: dict, wanted: dict, whole: bool):
+  """Raises ValueError if a checkpoint is of another tree than the one wanted."""
+  differ = []
+  names = wanted.keys() | stored.keys() if whole else wanted
+  for name in sorted(names, key=lambda name: (not name.startswith('params/'), name)):
+    there = tuple(stored[name]['shape']) if name in stored else 'absent'
+    here = tuple(wanted[name].shape) if name in wanted else 'absent'
+    if there != here:
+      differ.append(f'{name} is {there} there and {here} here')
+    elif not _castable(stored[name]['dtype'], wanted[name].dtype):
+      differ.append(f'{name} is {stored[name]["dtype"]} there and {wanted[name].dtype} here')
+  if differ:
+    few = '; '.join(differ[:4]) + (f'; and {len(differ) - 4} more' if len(differ) > 4 else '')
+    raise ValueError(f'checkpoint {path} does not fit this model and optimizer: {few}')
+
+
+def _castable(stored: str, wanted) -> bool:
+  stored = jnp.dtype(stored)
+  return stored == wanted or (jnp.issubdtype(stored, jnp.floating) and jnp.issubdtype(wanted, jnp.floating))
+
+
+def _load(path, names, sharding, stored: dict) -> list[jax.Array]:
+  """Arrays of one shape, in the types stored. Raises Damaged.
+
+  Read without orbax, whose event loop leaves tracebacks on the screen when one of many reads fails.
+  """
+  sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+  base = f'{path}/' if '://' in str(path) else {'driver': 'file', 'path': f'{path}/'}
+  opened = [ts.open({'driver': 'zarr', 'kvstore': {
+      'driver': 'ocdbt', 'base': base, 'path': f'{name.replace("/", ".")}/'}}, read=True) for name in names]
+  try:
+    shards = []
+    for name, store in zip(names, opened):
+      store, shape = store.result(), tuple(stored[name]['shape'])
+      if store.shape != shape or store.dtype.name != stored[name]['dtype']:
+        raise Damaged(f'{name} is {store.dtype.name}{store.shape}')
+      places = sharding.addressable_devices_indices_map(shape).values()
+      shards.append({str(index): store[index].read() for index in places})  # begun, for all names
+    return [jax.make_array_from_callback(tuple(stored[name]['shape']), sharding,
+                                         lambda index, read=read: read[str(index)].result())
+            for name, read in zip(names, shards)]
+  except ValueError as error:  # tensorstore raises no other
+    if any(word in str(error) for word in PASSING):
+      raise OSError(f'checkpoint {path} could not be read: {_reason(error)}') from error
+    raise Damaged(_reason(error)) from error
+
+
+def _params(state):
+  return state['params'] if isinstance(state, dict) else state.params
+
+
+def _nested(leaves: dict) -> dict:
+  """{'a/b': x} as {'a': {'b': x}}."""
+  tree = {}
+  for name, leaf in leaves.items():
+    *folders, last = name.split('/')
+    functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = leaf
+  return tree
+
+
+def _plain(meta: dict) -> dict:
+  try:
+    plain = json.loads(json.dumps(meta))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'meta={meta!r} must hold JSON values only: {error}') from error
+  if plain != meta:
+    raise ValueError(f'meta={meta!r} would come back from JSON as {plain!r}')
+  return plain
+
+
+def _crc32(record: dict) -> int:
+  return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _reason(error: BaseException) -> str:
+  """The first line of what went wrong, shortened; tensorstore adds its own lists in brackets."""
+  line = next(iter(str(error).strip().splitlines()), '').split(' [')[0] or type(error).__name__
+  return line if len(line) <= 240 else f'{line[:100]} … {line[-140:]}'
+
+
+def _agreed(read):
+  """read(), which raises Damaged in all processes if it does in one."""
+  try:
+    value, error = read(), None
+  except Damaged as damage:
+    value, error = None, damage
+  if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(error is not None)).any():
+    raise error or Damaged('another process cannot read it')
+  if error:
+    raise error
+  return value
+
+
+def _together(point: str):
+  """All processes pass here together."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f'checkpoints {point}')

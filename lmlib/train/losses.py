@@ -1,0 +1,36 @@
+"""Losses as sums: (params, batch) -> (sum, weight, metrics). The step divides once."""
+import dataclasses
+
+import jax
+
+from lmlib.kernels.cross_entropy import cross_entropy
+from lmlib.models import protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+  """Cross-entropy of the next token in nats, plus `z_loss` times log(normaliser)^2 (Chowdhery et al. 2022)."""
+  z_loss: float | None = None
+
+  def __post_init__(self):
+    if self.z_loss is not None and self.z_loss <= 0:
+      raise ValueError(f'NextToken.z_loss={self.z_loss} must be positive; None turns it off')
+
+  def of(self, config: protocol.Config):
+    """loss(params, batch) of a decoder-only model.
+
+    batch: tokens_BT, targets_BT, segments_BT (documents of a packed row), weight_BT (0 where
+    nothing is to be learned) and, if the model is to drop out, row_B (a number for every row).
+    Metrics: 'nats' is the cross-entropy alone, 'accuracy' the share of right first guesses.
+    """
+    model = config.model()
+
+    def loss(params, batch):
+      dropout_B = jax.vmap(jax.random.key)(batch['row_B']) if 'row_B' in batch else None
+      apply = lambda method, *args: model.apply({'params': params}, *args, method=method)
+      x_BTD, _ = apply('hidden', batch['tokens_BT'], batch['segments_BT'], None, dropout_B)
+      nats, squares, correct = cross_entropy(x_BTD, apply('unembed'), batch['targets_BT'], batch['weight_BT'])
+      total = nats if self.z_loss is None else nats + self.z_loss * squares
+      return total, batch['weight_BT'].sum(), {'nats': nats, 'accuracy': correct}
+
+    return loss

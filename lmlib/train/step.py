@@ -1,0 +1,103 @@
+"""One optimizer step: gradients summed over microbatches, divided once by their weight."""
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmlib import sharding
+from lmlib.models import protocol
+from lmlib.optim.state import state_shardings
+
+# loss(params, batch) -> (summed loss, its weight, summed metrics). Sums, not means:
+# then microbatches and devices of unequal weight add up to the right average.
+Loss = Callable[[Any, Any], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+
+
+@struct.dataclass
+class State:
+  """What a run carries from step to step, and what a checkpoint holds."""
+  step: jax.Array
+  params: Any
+  optimizer: Any
+  skipped: jax.Array  # steps left out so far because a number was not finite
+
+  @classmethod
+  def create(cls, params, optimizer: optax.GradientTransformation) -> 'State':
+    return cls(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1):
+  """Returns step(state, batch) -> (state, metrics), pure and ready to jit.
+
+  Every array of a batch has the batch axis first, a multiple of `microbatches`. Metrics are the
+  loss and the loss's own, divided by the weight; norms of gradient (before clipping), parameters
+  and update; `finite`, 0 where a gradient or loss was not and the step changed nothing but `step`.
+  """
+
+  def summed(params, batch):
+    total, weight, metrics = loss(params, batch)
+    return total, (weight, metrics | {'loss': total})
+
+  gradient = jax.grad(summed, has_aux=True)
+
+  def step(state: State, batch):
+    grads, (weight, metrics) = _accumulated(gradient, state.params, batch, microbatches)
+    grads, metrics = jax.tree.map(lambda x: x / weight, (grads, metrics))
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
+
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    metrics |= {'grad_norm': grad_norm, 'update_norm': optax.global_norm(updates),
+                'param_norm': optax.global_norm(state.params), 'weight': weight,
+                'finite': finite.astype(jnp.float32)}
+    return State(state.step + 1, keep(params, state.params), keep(optimizer_state, state.optimizer),
+                 state.skipped + (1 - finite.astype(jnp.int32))), metrics
+
+  return step
+
+
+def _accumulated(gradient, params, batch, microbatches: int):
+  """The sum of gradient(params, microbatch); microbatch i holds the rows i, i + m, i + 2m …
+
+  Neighbouring rows live on one device, so every device takes part in every microbatch.
+  """
+  if microbatches == 1:
+    return gradient(params, batch)
+  batch = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+  first = jax.tree.map(lambda x: x[0], batch)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first))
+  add = lambda sums, micro: (jax.tree.map(jnp.add, sums, gradient(params, micro)), None)
+  return jax.lax.scan(add, zeros, batch)[0]
+
+
+def shapes(config: protocol.Config, optimizer: optax.GradientTransformation) -> State:
+  """The State of a new run: shapes, types and, inside sharding.use(), where every array is stored."""
+  boxed = protocol.boxed(config)
+  params = nn.unbox(boxed)
+  state = jax.eval_shape(lambda params: State.create(params, optimizer), params)
+  if not sharding.in_use():
+    return state
+  places = sharding.shardings(boxed)
+  stored = State(sharding.replicated(), places,
+                 state_shardings(optimizer, params, places, sharding.replicated()), sharding.replicated())
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, stored)
+
+
+def init(config: protocol.Config, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+  """A new run's State, each array made where it is stored."""
+  made = lambda key: State.create(protocol.new(config, key), optimizer)
+  where = jax.tree.map(lambda x: x.sharding, shapes(config, optimizer)) if sharding.in_use() else None
+  return jax.jit(made, out_shardings=where)(key)
+
+
+def compiled(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int, shapes: State):
+  """make_step() jitted: the old state's memory is reused, the new one is laid out like `shapes`."""
+  where = jax.tree.map(lambda x: x.sharding, shapes)
+  out = (where, None) if sharding.in_use() else None
+  return jax.jit(make_step(loss, optimizer, microbatches), donate_argnums=0, out_shardings=out)
