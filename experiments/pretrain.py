@@ -58,6 +58,7 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
                  peak_source=peak_source, flops_per_token=flops.exact, flops_per_token_6nd=flops.six_nd)
     folder = stack.enter_context(Workdir(workdir, identity=identity, config=config, manifest=facts,
                                          need=trees.nbytes(shapes) * (keep + 1)))
+    tokenizer.save(folder / 'tokenizer.model')
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / 'checkpoints', keep=keep, say=live.say)))
 
     # What it starts from.

@@ -1,8 +1,13 @@
-"""Eight CPU devices, ranks that must match, and no shared caches: before jax is imported."""
+"""Eight CPU devices, ranks that must match, quick compilation: before jax is imported."""
 import os
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Most of a test's time is compilation. Laws hold without optimisation too, and equal programs compile once.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='lmlib-tests-'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
 

@@ -98,6 +98,7 @@ class Checkpoints:
       self._writing = None
       for step in self.steps()[:-self._keep]:
         self._remove(self._directory / str(step))
+      _together('only the newest are left')
 
   def close(self):
     """Waits, raising what wait() raises, and ends the threads that write."""

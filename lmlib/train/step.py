@@ -47,14 +47,14 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
   def step(state: State, batch):
     grads, (weight, metrics) = _accumulated(gradient, state.params, batch, microbatches)
     grads, metrics = jax.tree.map(lambda x: x / weight, (grads, metrics))
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
 
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    metrics |= {'grad_norm': grad_norm, 'update_norm': optax.global_norm(updates),
-                'param_norm': optax.global_norm(state.params), 'weight': weight,
+    metrics |= {'grad_norm': grad_norm, 'update_norm': optax.tree.norm(updates),
+                'param_norm': optax.tree.norm(state.params), 'weight': weight,
                 'finite': finite.astype(jnp.float32)}
     return State(state.step + 1, keep(params, state.params), keep(optimizer_state, state.optimizer),
                  state.skipped + (1 - finite.astype(jnp.int32))), metrics
@@ -76,6 +76,14 @@ def _accumulated(gradient, params, batch, microbatches: int):
   return jax.lax.scan(add, zeros, batch)[0]
 
 
+def placed(boxed):
+  """Shapes and types of weights from protocol.boxed() and, inside sharding.use(), where each is stored."""
+  if not sharding.in_use():
+    return nn.unbox(boxed)
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                      nn.unbox(boxed), sharding.shardings(boxed))
+
+
 def shapes(config: protocol.Config, optimizer: optax.GradientTransformation) -> State:
   """The State of a new run: shapes, types and, inside sharding.use(), where every array is stored."""
   boxed = protocol.boxed(config)
@@ -83,9 +91,8 @@ def shapes(config: protocol.Config, optimizer: optax.GradientTransformation) -> 
   state = jax.eval_shape(lambda params: State.create(params, optimizer), params)
   if not sharding.in_use():
     return state
-  places = sharding.shardings(boxed)
-  stored = State(sharding.replicated(), places,
-                 state_shardings(optimizer, params, places, sharding.replicated()), sharding.replicated())
+  places, everywhere = sharding.shardings(boxed), sharding.replicated()
+  stored = State(everywhere, places, state_shardings(optimizer, params, places, everywhere), everywhere)
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, stored)
 
 
