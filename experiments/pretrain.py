@@ -18,15 +18,15 @@ from lmlib.eval import perplexity, report
 from lmlib.models import protocol
 from lmlib.plan import chips, cost
 from lmlib.serve.generate import generate
-from lmlib.train import loop, losses, metrics
+from lmlib.train import health, loop, losses, metrics
 from lmlib.train import step as step_of
 from lmlib.train.checkpoint import Checkpoints
 from lmlib.train.workdir import Workdir
 
 
 def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0,
-         loss=losses.NextToken(), length: int | None = None, microbatches: int = 1, save_every: int = 100,
-         keep: int = 2, prompts: tuple = ('import ', 'class ', 'def read(')):
+         loss=losses.NextToken(), length: int | None = None, microbatches: int = 1,  # noqa: B008, frozen
+         save_every: int = 100, keep: int = 2, prompts: tuple = ('import ', 'class ', 'def read(')):
   """Trains `model` on `data` for `steps` steps of `batch` rows of `length` tokens (None: the model's length).
 
   Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written; the last
@@ -37,41 +37,51 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
   live = metrics.Live()
 
   with contextlib.ExitStack() as stack:
+    # What can be known before any work.
     mesh = stack.enter_context(sharding.use(layout))
     loop.check(steps=steps, batch=batch, microbatches=microbatches, length=length, longest=model.length,
-               save_every=save_every)
+               save_every=save_every, keep=keep)
+    if model.vocab != data.vocab:
+      raise ValueError(f'the model has vocab={model.vocab}, but the tokenizer of the data has '
+                       f'pieces={data.vocab}: they must be equal')
     transformation = optimizer.transformation(sharding.letters(protocol.boxed(model)), steps)
     shapes = step_of.shapes(model, transformation)
+    run = stack.enter_context(Workdir(workdir))
+    run.check({'model': model, 'optimizer': optimizer, 'loss': loss, 'batch': batch, 'length': length,
+               'seed': seed})
+    folder = run.path
 
     # What it reads.
     prepared = prepare(data, say=live.say)
+    run.check({'data': prepared.train.fingerprint})
     tokenizer, batches = prepared.tokenizer, Batches(prepared.train, batch, length, seed)
-    if model.vocab != tokenizer.vocab:
-      raise ValueError(f'the model has vocab={model.vocab}, but the tokenizer of the data has {tokenizer.vocab} pieces')
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    if (longest := max(map(len, ids), default=0)) >= model.length:
+      raise ValueError(f'prompts: the longest has {longest} tokens, which leaves no room for an answer in '
+                       f"the model's length={model.length}")
     live.say(report.data_table(prepared.rows, prepared.skipped))
 
-    # Where it writes.
-    identity = dict(model=model, optimizer=optimizer, loss=loss, data=prepared.train.fingerprint, batch=batch,
-                    length=length, microbatches=microbatches, seed=seed)
-    flops, (peak, peak_source) = cost.train_flops(model, length), chips.peak_flops(mesh.devices.flat)
-    facts = dict(parameters=trees.count(shapes.params), mesh=dict(mesh.shape), data=prepared.rows, peak_flops=peak,
-                 peak_source=peak_source, flops_per_token=flops.exact, flops_per_token_6nd=flops.six_nd)
-    folder = stack.enter_context(Workdir(workdir, identity=identity, config=config, manifest=facts,
-                                         need=trees.nbytes(shapes) * (keep + 1)))
-    tokenizer.save(folder / 'tokenizer.model')
-    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / 'checkpoints', keep=keep, say=live.say)))
-
     # What it starts from.
+    checkpoints = Checkpoints(folder / 'checkpoints', keep=keep, say=live.say)
+    stack.enter_context(contextlib.closing(checkpoints))
     if restored := checkpoints.restore(shapes):
       state = restored[0]
     else:
       state = step_of.init(model, transformation, jax.random.key(seed))
     start = int(state.step)
-    live.say(report.opening(facts, folder, start, steps))
     summary = folder / 'report' / 'summary.json'
     if start >= steps and summary.exists() and (done := json.loads(summary.read_text()))['steps'] == start:
-      live.say(f'finished: all {steps} steps are done\n{report.closing(done, folder)}')
+      live.say(f'finished    {folder}: {start} of {steps} steps are done\n{report.closing(done, folder)}')
       return
+
+    # What it writes of itself.
+    flops, (peak, peak_source) = cost.train_flops(model, length), chips.peak_flops(mesh.devices.flat)
+    facts = {'parameters': trees.count(shapes.params), 'mesh': dict(mesh.shape), 'data': prepared.rows,
+             'peak_flops': peak, 'peak_source': peak_source, 'flops_per_token': flops.exact,
+             'flops_per_token_6nd': flops.six_nd}
+    run.begin(manifest=facts, files={'config.gin': config.encode(), 'tokenizer.model': tokenizer.model},
+              need=trees.nbytes(shapes) * (keep + 1))
+    live.say(report.opening(facts, folder, start, steps))
 
     # What it does.
     if start < steps:
@@ -83,15 +93,18 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
                          describe=batches.describe, say=live.say)
 
     # What it has learned.
+    stack.enter_context(health.stopping('stopped after training, which is saved: '
+                                        'run the same command for the report'))
     live.say('scoring the held-out documents and writing the report')
     held_out = prepared.held_out
-    score = perplexity.score(model, state.params, held_out.scored(), length=length, stride=max(1, length // 2))
+    score = perplexity.score(model, state.params, held_out.scored(), length=length,
+                             stride=max(1, length // 2))
     text = ''.join(held_out.text(i) for i in range(held_out.documents)).encode()
-    ids = [[tokenizer.bos, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
-    new = min(200, model.length - max(map(len, ids)))
-    continued = generate(model, state.params, ids, new=new, eos=tokenizer.eos, temperature=0.7, seed=seed)
+    continued = generate(model, state.params, ids, new=min(200, model.length - longest), eos=tokenizer.eos,
+                         temperature=0.7, seed=seed) if ids else []
     samples = [(prompt, tokenizer.decode(row)) for prompt, row in zip(prompts, continued)]
-    done = report.write(folder, score=score, others=perplexity.compressors(text), samples=samples, facts=facts)
+    others = perplexity.compressors(text)
+    done = report.write(folder, score=score, others=others, samples=samples, facts=facts)
     live.say(report.closing(done, folder))
 
 

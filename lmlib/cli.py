@@ -9,6 +9,7 @@ that happens inside the library can depend on a binding. run() ends the process 
   75  stopped by a signal, with everything saved: the same command goes on
 """
 import ast
+import ctypes
 import dataclasses
 import hashlib
 import importlib
@@ -32,12 +33,15 @@ from gin import config_parser
 from lmlib import gin_text
 from lmlib.gin_text import Bound, Macro, Object, close
 
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
 GIN_CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'gin_configs'
 
 
 def run(file: str):
   """Calls main() of the experiment in `file` with what the flags say, and exits with the status above."""
   quiet()
+  keep_memory()
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the training loop takes over
   path = pathlib.Path(file).resolve()
   # Not the folder of the script: experiments/evaluate.py would hide a package called evaluate.
@@ -97,6 +101,22 @@ def quiet():
       os.environ[name.upper()] = str(value)
       if jax is not None:  # it has read its environment already
         jax.config.update(name, value)
+
+
+def keep_memory():
+  """Lets glibc keep freed memory rather than give large blocks back to the system, on Linux.
+
+  XLA on CPU asks for a step's temporary arrays anew each step; new pages cost a sixth of its time
+  (benchmarks/train_step.py). Settings of the environment (MALLOC_..., GLIBC_TUNABLES) stand.
+  """
+  if sys.platform != 'linux' or any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
+    return
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except AttributeError:  # another C library, such as musl
+    return
+  for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+    mallopt(option, value)
 
 
 def _cache() -> str | None:

@@ -29,6 +29,11 @@ class Corpus:
     if not 0 < self.held_out < 1:
       raise ValueError(f'Corpus.held_out={self.held_out} must lie between 0 and 1')
 
+  @property
+  def vocab(self) -> int:
+    """The size of the vocabulary, known before the tokenizer is trained."""
+    return self.tokenizer.pieces
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:

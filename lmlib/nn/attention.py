@@ -1,6 +1,5 @@
 """Self-attention with grouped heads and rotary positions, around the kernel that attends."""
 from flax import linen as nn
-import jax.numpy as jnp
 
 from lmlib import sharding
 from lmlib.kernels import attention as kernel
@@ -25,9 +24,9 @@ class Attention(nn.Module):
   def __call__(self, x_BTD, positions_BT, segments_BT=None, kv=None, used_B=None):
     """Returns attention of x, BTD, and kv with the keys and values of x put in after the first used_B."""
     w = lambda *args: layers.weight(self, *args).astype(x_BTD.dtype)
-    q_BTKGH = jnp.einsum('BTD,DKGH->BTKGH', x_BTD, w('q', 'DKGH', 'D'))
-    k_BTKH = jnp.einsum('BTD,DKH->BTKH', x_BTD, w('k', 'DKH', 'D'))
-    v_BTKH = jnp.einsum('BTD,DKH->BTKH', x_BTD, w('v', 'DKH', 'D'))
+    q_BTKGH = layers.product('BTD,DKGH->BTKGH', x_BTD, w('q', 'DKGH', 'D'))
+    k_BTKH = layers.product('BTD,DKH->BTKH', x_BTD, w('k', 'DKH', 'D'))
+    v_BTKH = layers.product('BTD,DKH->BTKH', x_BTD, w('v', 'DKH', 'D'))
     B, T, K, G, H = q_BTKGH.shape
     q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), positions_BT, self.rope_base).reshape(B, T, K, G, H)
     k_BTKH = rotate(k_BTKH, positions_BT, self.rope_base)
@@ -38,4 +37,4 @@ class Attention(nn.Module):
       kv = tuple(cache.put(old, new, used_B) for old, new in zip(kv, (k_BTKH, v_BTKH)))
       out_BTKGH = kernel.attention(q_BTKGH, *kv, start_B=used_B)
     out_BTKGH = sharding.constrain(out_BTKGH, 'BTKGH')
-    return jnp.einsum('BTKGH,KGHD->BTD', out_BTKGH, w('out', 'KGHD', 'KGH', self.out_scale)), kv
+    return layers.product('BTKGH,KGHD->BTD', out_BTKGH, w('out', 'KGHD', 'KGH', self.out_scale)), kv

@@ -3,6 +3,8 @@
 Weights are stored in float32 and cast to the activations' type where they are used; norms
 run in float32 (Zhang and Sennrich 2019 for RMSNorm).
 """
+import math
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,22 @@ def weight(module: nn.Module, name: str, axes: str, fan_in: str, scale: float = 
   rest = tuple(i for i in range(len(axes)) if i not in where)
   normal = variance_scaling(scale**2, 'fan_in', 'normal', in_axis=where, out_axis=rest)
   return module.param(name, lambda key: Lettered(normal(key, shape, jnp.float32), axes))
+
+
+def product(equation: str, x, w) -> jax.Array:
+  """einsum of activations with a weight, such as ('BTD,DKGH->BTKGH', x, w), as one product of matrices.
+
+  The letters summed over end x and begin w. The same numbers as jnp.einsum, but the gradient of w then
+  sums over one axis of length B * T, for which XLA on CPU needs no transposed copies.
+  """
+  inputs, out = equation.split('->')
+  x_axes, w_axes = inputs.split(',')
+  shared = ''.join(a for a in w_axes if a in x_axes)
+  assert x_axes.endswith(shared) and w_axes.startswith(shared), equation
+  assert out == x_axes.removesuffix(shared) + w_axes.removeprefix(shared), equation
+  lead, last = x.shape[:len(x_axes) - len(shared)], w.shape[len(shared):]
+  size = math.prod(w.shape[:len(shared)])
+  return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *last)
 
 
 class RmsNorm(nn.Module):

@@ -1,7 +1,6 @@
 """The gated hidden layer (SwiGLU, Shazeer 2020): down(silu(gate x) * up x)."""
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 
 from lmlib import sharding
 from lmlib.nn import layers
@@ -19,7 +18,7 @@ class GatedMlp(nn.Module):
   @nn.compact
   def __call__(self, x_BTD):
     w = lambda *args: layers.weight(self, *args).astype(x_BTD.dtype)
-    gate_BTF = jnp.einsum('BTD,DF->BTF', x_BTD, w('gate', 'DF', 'D'))
-    up_BTF = jnp.einsum('BTD,DF->BTF', x_BTD, w('up', 'DF', 'D'))
+    gate_BTF = layers.product('BTD,DF->BTF', x_BTD, w('gate', 'DF', 'D'))
+    up_BTF = layers.product('BTD,DF->BTF', x_BTD, w('up', 'DF', 'D'))
     hidden_BTF = sharding.constrain(jax.nn.silu(gate_BTF) * up_BTF, 'BTF')
-    return jnp.einsum('BTF,FD->BTD', hidden_BTF, w('down', 'FD', 'F', self.out_scale))
+    return layers.product('BTF,FD->BTD', hidden_BTF, w('down', 'FD', 'F', self.out_scale))

@@ -16,13 +16,20 @@ def generate(config: protocol.Config, params, prompts, *, new: int, eos: int | N
   """Up to `new` tokens after each prompt (lists of token ids), without the prompt; ends before `eos`.
 
   Row i draws from fold_in(key(seed), i) whatever else is in the batch. temperature 0 is greedy.
-  Raises ValueError for an empty prompt and where prompt and continuation exceed config.length.
+  Raises ValueError for an empty prompt, for a token outside the vocabulary and where prompt and
+  continuation exceed config.length.
   """
   lengths = [len(prompt) for prompt in prompts]
   if not lengths or not min(lengths):
     raise ValueError('a prompt is empty: give at least the token that begins a document')
+  low, high = min(map(min, prompts)), max(map(max, prompts))
+  if low < 0 or high >= config.vocab:
+    raise ValueError(f'prompts hold tokens from {low} to {high}, outside of vocab={config.vocab}')
+  if new < 1:
+    raise ValueError(f'new={new} must be at least 1 token')
   if max(lengths) + new > config.length:
-    raise ValueError(f'a prompt of {max(lengths)} tokens and new={new} exceed the model\'s length={config.length}')
+    raise ValueError(f"a prompt of {max(lengths)} tokens and new={new} exceed the model's "
+                     f'length={config.length}')
   if temperature < 0 or (top_k is not None and top_k < 1):
     raise ValueError(f'temperature={temperature} must be at least 0 and top_k={top_k} at least 1 (None: all)')
   padded = min(-(-max(lengths) // ROUND) * ROUND, config.length - new)
@@ -45,7 +52,8 @@ def _continue(config, new: int, params, tokens_BT, lengths_B, keys_B, settings, 
   logits_BTV, cache = apply(tokens_BT, config.cache(B, T + new))
   logits_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
   cache = cache.replace(used_B=lengths_B)  # what padding wrote is overwritten before it is seen
-  choose = lambda logits_BV, i: sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, i), *settings)
+  fold_in = jax.vmap(jax.random.fold_in, (0, None))
+  choose = lambda logits_BV, i: sample(logits_BV, fold_in(keys_B, i), *settings)
 
   def more(carry):
     i, _, out_BT, _ = carry

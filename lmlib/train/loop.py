@@ -8,42 +8,47 @@ from lmlib import sharding
 from lmlib.train import health
 
 
-def check(*, steps: int, batch: int, microbatches: int, length: int, longest: int, save_every: int):
-  """Raises ValueError if the numbers of a run do not fit each other or the layout in use."""
-  for name, value in dict(steps=steps, batch=batch, microbatches=microbatches, length=length,
-                          save_every=save_every).items():
-    if not isinstance(value, int) or value < 1:
+def check(*, longest: int, **counts: int):
+  """Raises ValueError if the numbers of a run do not fit each other or the layout in use.
+
+  counts: steps, batch, microbatches, length, save_every, keep; longest: the model's length.
+  """
+  for name, value in counts.items():
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
       raise ValueError(f'{name}={value!r} must be a positive integer')
+  batch, microbatches, length = counts['batch'], counts['microbatches'], counts['length']
   if length > longest:
     raise ValueError(f"length={length} is longer than the model's length={longest}")
   parts = sharding.batch_devices()
   if batch % (parts * microbatches):
-    raise ValueError(f'batch={batch} is not a multiple of microbatches={microbatches} times the {parts} devices '
-                     'that the layout splits a batch over (data x fsdp)')
+    raise ValueError(f'batch={batch} is not a multiple of microbatches={microbatches} times the {parts} '
+                     'devices that the layout splits a batch over (data x fsdp)')
 
 
-def train(state, step, *, steps: int, loader, record, checkpoints, save_every: int, rate, describe, say=print):
+def train(state, step, *, steps: int, loader, record, checkpoints, save_every: int, rate, describe,
+          say=print):
   """Runs `step` from state.step to `steps`; returns the last state.
 
-  loader iterates (number, device batch, seconds waited) from the state's step on; rate(i) is the
-  learning rate of step i; describe(i) names what was in the batch of step i. A step's metrics are read
-  while the next one computes. Saves every `save_every` steps, at the end and on a signal.
-  Raises health.Stopped after saving for a signal, health.RunFault if numbers stay non-finite.
+  loader iterates (index, device batch, seconds waited) from the state's step on: step k, counted from 1,
+  has index k - 1, learning rate rate(k - 1), and a batch of which describe(k - 1) names the contents. A
+  step's metrics are read while the next one computes. Saves every `save_every` steps, at the end and on
+  a signal. Raises health.Stopped after saving for a signal, health.RunFault if numbers stay non-finite.
   """
-  nonfinite = health.NonFinite(describe, say)
+  nonfinite = health.NonFinite(lambda number: describe(number - 1), say, in_a_row=record.nonfinite)
   pending, saving, last = None, 0.0, time.perf_counter()
 
-  def settle():
+  def settle(ahead: float | None = None):
+    """Reads the metrics of the step before; ahead: when the step after it was done, if it is."""
     nonlocal pending, saving, last
     if pending is not None:
       number, values, waited, done = pending
       values = {name: float(value) for name, value in jax.device_get(values).items()}
-      finite = bool(values['finite'])
-      before, last = last, done or time.perf_counter()
-      record.write(number, values | {'waited': waited, 'saving': saving, 'learning_rate': float(rate(number - 1))},
-                   seconds=last - before)
+      # Done when it was sent, or seen done along with the next one: half of the time each; or just now.
+      before, last = last, done or (ahead and (last + ahead) / 2) or time.perf_counter()
+      values |= {'waited': waited, 'saving': saving, 'learning_rate': float(rate(number - 1))}
+      record.write(number, values, seconds=last - before)
       pending, saving = None, 0.0
-      nonfinite.see(number, finite)
+      nonfinite.see(number, bool(values['finite']))
 
   def save(number: int):
     nonlocal saving
@@ -53,12 +58,13 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
     checkpoints.save(number, state)
     saving = time.perf_counter() - start
 
-  with health.Signals(say) as signals, contextlib.closing(record):
+  at_once = health.stopping('stopped at once; run the same command to go on from the last checkpoint')
+  with at_once, health.Signals(say) as signals, contextlib.closing(record):
     number = saved = int(state.step)
     for index, batch, waited in loader:
       state, values = step(state, batch)
-      done = time.perf_counter() if values['loss'].is_ready() else None  # a backend that does not run ahead
-      settle()
+      done = time.perf_counter() if values['loss'].is_ready() else None
+      settle(done)
       number = index + 1
       pending = (number, values, waited, done)
       if signals.received or number == steps or number % save_every == 0:
@@ -70,7 +76,7 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
     if saved != number:
       save(number)
     checkpoints.wait()
-    if signals.received and number < steps:
+    if signals.received:
       raise health.Stopped(f'stopped by {signals.received} after step {number} of {steps}, saved; '
                            'run the same command to go on')
   return state

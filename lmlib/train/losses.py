@@ -29,8 +29,8 @@ class NextToken:
       dropout_B = jax.vmap(jax.random.key)(batch['row_B']) if 'row_B' in batch else None
       apply = lambda method, *args: model.apply({'params': params}, *args, method=method)
       x_BTD, _ = apply('hidden', batch['tokens_BT'], batch['segments_BT'], None, dropout_B)
-      nats, squares, correct = cross_entropy(x_BTD, apply('unembed'), batch['targets_BT'], batch['weight_BT'])
-      total = nats if self.z_loss is None else nats + self.z_loss * squares
+      total, nats, correct = cross_entropy(x_BTD, apply('unembed'), batch['targets_BT'], batch['weight_BT'],
+                                           self.z_loss)
       return total, batch['weight_BT'].sum(), {'nats': nats, 'accuracy': correct}
 
     return loss

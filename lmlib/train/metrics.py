@@ -1,4 +1,5 @@
 """What a run writes down: metrics.jsonl, TensorBoard events and one live line."""
+import contextlib
 import json
 import math
 import os
@@ -6,50 +7,63 @@ import pathlib
 import resource
 import statistics
 import sys
+import time
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 class Record:
   """One object a step in metrics.jsonl, the same figures for TensorBoard, a line on the screen.
 
   Opened at step `start` it drops what an interrupted run wrote after that step: every step
-  stands in the file once.
+  stands in the file once. All methods raise OSError, naming the file, if it cannot be written.
   """
 
-  def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, flops, peak: float | None, live: 'Live'):
+  def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, flops, peak: float | None,
+               live: 'Live'):
     """flops: plan.cost.Flops of a token; peak: FLOP/s of all devices, None if not known."""
     self.path = workdir / 'metrics.jsonl'
     self._steps, self._flops, self._peak, self._live = steps, flops, peak, live
-    self._seen = _truncate(self.path, start)
-    self._file = self.path.open('a')
-    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1 if start else None)
+    with _naming(self.path):
+      kept = _truncate(self.path, start)
+      self._file = self.path.open('ab', buffering=0)  # a line is on disk, or it is an error here
+    self._seen = kept[-1]['tokens'] if kept else 0
+    self.nonfinite = 0  # steps just before `start` that were skipped, one after the other
+    for line in reversed(kept):
+      if line['finite']:
+        break
+      self.nonfinite += 1
+    self._board = Board(workdir / 'tensorboard', start)
     self._recent: list[float] = []
 
   def write(self, step: int, metrics: dict, *, seconds: float):
     """metrics: host scalars of the step, with its number of tokens as 'weight'; seconds: how long it took."""
-    tokens = metrics.pop('weight')
+    tokens = metrics['weight']
     self._seen += tokens
-    line = {'step': step, **metrics, 'tokens': round(self._seen), 'tokens_per_second': tokens / seconds,
-            'seconds': seconds, 'memory_bytes': peak_memory()}
+    line = {'step': step, **{name: value for name, value in metrics.items() if name != 'weight'},
+            'tokens': round(self._seen), 'tokens_per_second': tokens / seconds, 'seconds': seconds,
+            'memory_bytes': peak_memory()}
     if self._peak:
       line['mfu'] = self._flops.exact * tokens / seconds / self._peak
       line['mfu_6nd'] = self._flops.six_nd * tokens / seconds / self._peak
     # JSON knows no NaN: what was not finite is null.
-    self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + '\n')
-    self._file.flush()
-    for name, value in line.items():
-      if name != 'step':
-        self._board.add_scalar(name, value, step)
+    text = json.dumps({name: value if math.isfinite(value) else None for name, value in line.items()}) + '\n'
+    with _naming(self.path):
+      rest = text.encode()
+      while rest:  # a disk that fills up takes a part before it refuses
+        rest = rest[self._file.write(rest):]
+    self._board.write(step, line)
     self._recent = [*self._recent[-49:], seconds]
     self._live.show(step, self._steps, line, statistics.median(self._recent) * (self._steps - step))
 
   def flush(self):
     """Everything written so far survives a loss of power."""
     self._board.flush()
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    with _naming(self.path):
+      os.fsync(self._file.fileno())
 
   def close(self):
     self._live.end()
@@ -57,8 +71,38 @@ class Record:
     self._board.close()
 
 
+class Board:
+  """Scalars for TensorBoard. Without tensorboardX's SummaryWriter, whose thread would die of a full disk
+  and leave the run waiting for it."""
+
+  def __init__(self, folder: pathlib.Path, start: int):
+    """What an earlier file in the folder says of steps after `start` is no longer shown."""
+    self._folder = folder
+    with _naming(folder):
+      folder.mkdir(exist_ok=True)
+      # A name of its own also for a run that is resumed within the same second.
+      self._events = EventsWriter(str(folder / 'events'), f'.{start}.{os.getpid()}')
+      if start:
+        self._events.write_event(Event(wall_time=time.time(), step=start + 1,
+                                       session_log=SessionLog(status=SessionLog.START)))
+
+  def write(self, step: int, scalars: dict):
+    values = [Summary.Value(tag=name, simple_value=value)
+              for name, value in scalars.items() if name != 'step']
+    with _naming(self._folder):
+      self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+  def flush(self):
+    with _naming(self._folder):
+      self._events.flush()
+
+  def close(self):
+    with _naming(self._folder):
+      self._events.close()
+
+
 class Live:
-  """step of steps, loss, tokens/s, MFU, time left: one line rewritten on a terminal, else now and then a line."""
+  """One line, rewritten on a terminal, else now and then a new one: step, loss, tokens/s, MFU, time left."""
 
   def __init__(self, out=None, *, every: int = 20):
     """every: without a terminal, a line each so many steps."""
@@ -102,17 +146,32 @@ def peak_memory() -> int:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-  """The lines of a metrics.jsonl; a last line that a kill cut off is left out."""
-  if not path.exists():
-    return []
-  lines = path.read_text().split('\n')
-  return [json.loads(line) for line in lines[:-1] if line]
+  """The lines of a metrics.jsonl, up to one that a kill or a loss of power has cut off."""
+  lines = []
+  if path.exists():
+    for line in path.read_bytes().splitlines(keepends=True):
+      try:
+        lines.append(json.loads(line))
+      except ValueError:
+        break
+      if not line.endswith(b'\n'):
+        return lines[:-1]
+  return lines
 
 
-def _truncate(path: pathlib.Path, step: int) -> int:
-  """Drops the lines after `step`; returns the tokens seen until then."""
+def _truncate(path: pathlib.Path, step: int) -> list[dict]:
+  """Drops the lines after `step`; returns the others."""
   kept = [line for line in read(path) if line['step'] <= step]
   fresh = path.with_suffix('.tmp')
   fresh.write_text(''.join(json.dumps(line) + '\n' for line in kept))
   os.replace(fresh, path)
-  return kept[-1]['tokens'] if kept else 0
+  return kept
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path):
+  """Errors of the disk that say of which file."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, str(path)) from None

@@ -17,57 +17,104 @@ FREE = frozenset(('scan', 'remat', 'dtype'))
 
 
 class Workdir:
-  """Opens (and makes) the folder of a run; a context manager that holds its lock.
+  """Takes the folder of a run, made if need be; a context manager that gives it back.
 
-  Raises ValueError if another run lives there (`identity` differs), another process is using it,
-  it is no folder, or the disk has not the `need` bytes; OSError if it cannot be written.
+  Before any work: take it and check() what is known; begin() writes. A folder in which nothing has
+  begun is removed again. Raises ValueError if the folder cannot be used or another process has it.
   """
 
-  def __init__(self, path: str, *, identity: dict, config: str, manifest: dict, need: int = 0):
-    """identity: what must stay the same, dataclasses and plain values by name; config: the gin text."""
-    self.path = pathlib.Path(path)
+  def __init__(self, path: str):
+    self.path = pathlib.Path(path).expanduser()
+    self._identity = {}
+    if '://' in str(path):
+      raise ValueError(f'WORKDIR {path!r} is a URL; give a folder of this machine')
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(f'WORKDIR {path!r} is a file; give a folder')
-    self.path.mkdir(parents=True, exist_ok=True)
-    self._lock = (self.path / 'lock').open('w')
     try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._lock = _locked(self.path / 'lock')
     except BlockingIOError:
-      raise ValueError(f'WORKDIR {path!r} is in use by another process; wait for it or give another WORKDIR') from None
-    self._check(flat(identity))
-    free = shutil.disk_usage(self.path).free
-    if need > free:
-      raise ValueError(f'WORKDIR {path!r} has {free / 1e9:.2f} GB free, but the checkpoints of this run '
-                       f'need {need / 1e9:.2f} GB; free some or give another WORKDIR')
-    manifest = {'identity': flat(identity), **manifest, **environment()}
-    _write(self.path / 'manifest.json', json.dumps(manifest, indent=2) + '\n')
-    _write(self.path / 'config.gin', config)
+      raise ValueError(f'WORKDIR {path!r} is in use by another process; wait for it or give another '
+                       'WORKDIR') from None
+    except OSError as error:
+      raise ValueError(f'WORKDIR {path!r} cannot be written: {error.strerror}') from None
 
-  def _check(self, identity: dict):
+  def check(self, identity: dict):
+    """Raises ValueError if a run with other settings lives here.
+
+    identity: settings that must stay the same, dataclasses and plain values by name. What it does not
+    name is not compared yet.
+    """
+    self._identity |= (now := json.loads(json.dumps(flat(identity))))
     manifest = self.path / 'manifest.json'
     if not manifest.exists():
       return
-    before = json.loads(manifest.read_text())['identity']
-    now = json.loads(json.dumps(identity))
-    changed = [name for name in sorted({*before, *now})
-               if before.get(name) != now.get(name) and name.split('.')[-1] not in FREE]
+    try:
+      known = json.loads(manifest.read_text())['identity']
+    except (ValueError, KeyError, TypeError):
+      raise ValueError(f'{manifest} is damaged, and nothing else says which run it is; give another '
+                       'WORKDIR') from None
+    before = {name: value for name, value in known.items() if name.split('.')[0] in identity}
+    changed = [name for name in {**now, **before} if before.get(name) != now.get(name)
+               and not (name.split('.')[-1] in FREE and name in before and name in now)]
     if changed:
       shown = '; '.join(f'{name}: there {before.get(name)!r}, here {now.get(name)!r}' for name in changed[:6])
-      raise ValueError(f'WORKDIR {str(self.path)!r} holds another run ({shown}); give another WORKDIR')
+      more = f'; and {len(changed) - 6} more' if len(changed) > 6 else ''
+      raise ValueError(f'WORKDIR {str(self.path)!r} holds another run ({shown}{more}); give another WORKDIR')
 
-  def __enter__(self):
-    return self.path
+  def begin(self, *, manifest: dict, files: dict[str, bytes], need: int = 0):
+    """Writes manifest.json, with what check() was given, and `files`; each whole or not at all.
+
+    need: bytes that all checkpoints will take. Raises ValueError if the disk has not that much beside
+    those that are there, OSError if it cannot be written.
+    """
+    whole = [path for path in (self.path / 'checkpoints').glob('*') if path.name.isdecimal()]
+    need -= sum(file.stat().st_size for path in whole for file in path.rglob('*'))
+    free = shutil.disk_usage(self.path).free
+    if need > free:
+      raise ValueError(f'WORKDIR {str(self.path)!r} has {free / 1e6:,.1f} MB free, but the checkpoints of '
+                       f'this run need {need / 1e6:,.1f} MB; free some, lower keep or give another WORKDIR')
+    for name, content in files.items():
+      _write(self.path / name, content)
+    text = json.dumps({'identity': self._identity, **manifest, **environment()}, indent=2) + '\n'
+    _write(self.path / 'manifest.json', text.encode())
+
+  def __enter__(self) -> 'Workdir':
+    return self
 
   def __exit__(self, *_):
+    if not (self.path / 'manifest.json').exists():
+      try:
+        (self.path / 'lock').unlink()
+        self.path.rmdir()
+      except OSError:
+        pass  # it holds something else
     self._lock.close()
 
 
+def _locked(path: pathlib.Path):
+  """An open file that no other process has locked. Raises BlockingIOError if one has."""
+  while True:
+    file = path.open('a')
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        return file
+    except FileNotFoundError:
+      pass
+    except OSError:
+      file.close()
+      raise
+    file.close()  # the one who had it removed it: another file has the name now, or none
+
+
 def flat(value, prefix: str = '') -> dict:
-  """{'model.width': 64, 'optimizer.schedule': 'Cosine', 'optimizer.schedule.peak': 1e-3, ...}."""
+  """{'model': 'dense.Config', 'model.width': 64, 'optimizer.schedule': 'schedules.Cosine', ...}."""
   if isinstance(value, dict):
     rows = [flat(v, f'{prefix}.{k}' if prefix else k) for k, v in value.items()]
   elif dataclasses.is_dataclass(value):
-    rows = [{prefix: type(value).__name__}] if prefix else []
+    kind = f'{type(value).__module__.rpartition(".")[2]}.{type(value).__qualname__}'
+    rows = [{prefix: kind}] if prefix else []
     rows += [flat(getattr(value, f.name), f'{prefix}.{f.name}' if prefix else f.name)
              for f in dataclasses.fields(value)]
   else:
@@ -85,7 +132,8 @@ def environment() -> dict:
       continue
   root = pathlib.Path(__file__).parents[2]
   try:
-    git = subprocess.run(['git', '-C', root, 'describe', '--always', '--dirty'], capture_output=True, text=True)
+    git = subprocess.run(['git', '-C', root, 'describe', '--always', '--dirty'], capture_output=True,
+                         text=True)
     revision = git.stdout.strip() or None
   except OSError:
     revision = None
@@ -93,8 +141,15 @@ def environment() -> dict:
           'git': revision, 'command': sys.argv}
 
 
-def _write(path: pathlib.Path, text: str):
-  """All of a file or none."""
+def _write(path: pathlib.Path, content: bytes):
+  """All of a file or none, and the old one stays until then."""
   fresh = path.with_name(path.name + '.tmp')
-  fresh.write_text(text)
-  os.replace(fresh, path)
+  try:
+    with fresh.open('wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(fresh, path)
+  except OSError as error:
+    fresh.unlink(missing_ok=True)
+    raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,0 +1,20 @@
+python ?= python3
+
+.PHONY: install test lint parity quickstart
+
+install:
+	$(python) -m pip install -e '.[test]' ruff==0.17.6
+
+test:
+	$(python) -m pytest
+
+lint:
+	$(python) -m ruff check .
+
+# Live comparison with transformers, which the default tests replace by kept logits.
+parity:
+	$(python) -m pip install torch==2.13.0 'transformers>=5'
+	$(python) -m pytest tests/parity
+
+quickstart:
+	$(python) experiments/pretrain.py --gin_file=quickstart.gin

@@ -1,0 +1,120 @@
+"""Scores of documents: every target once, with context, equal to a computation in NumPy."""
+import bz2
+import gzip
+import lzma
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import numpy as np
+import pytest
+
+from lmlib.eval import perplexity
+from lmlib.eval.perplexity import Score, score, windows
+from tests.laws.models import CONFIGS, made
+
+CONFIG = CONFIGS['dense']
+LENGTH, STRIDE = 16, 8
+
+
+@given(tokens=st.integers(1, 90), length=st.integers(1, 20), stride=st.integers(1, 20))
+@settings(max_examples=300, deadline=None)
+def test_windows_score_each_target_once_with_context(tokens, length, stride):
+  stride = min(stride, length)
+  ids = list(range(tokens))  # a token is its position
+  scored, previous = [], -1
+  for part, done in windows(ids, length, stride):
+    assert 2 <= len(part) <= length + 1
+    assert part == ids[part[0]:part[0] + len(part)]
+    assert 0 <= done < len(part) - 1, 'a window scores at least one target'
+    assert previous < part[0]
+    previous = part[0]
+    for i in range(done, len(part) - 1):
+      context = i + 1  # tokens in the window before the target
+      assert context >= min(part[i + 1], length - stride + 1)  # part[i + 1] tokens precede it in the document
+      scored.append(part[i + 1])
+  assert scored == ids[1:]
+
+
+def documents(*sizes: int):
+  """Pairs of tokens and bytes; a document of n tokens has n targets but one."""
+  random = np.random.default_rng(0)
+  return [(random.integers(0, CONFIG.vocab, n), 3 * n) for n in sizes]
+
+
+@pytest.fixture(scope='module')
+def params():
+  return made(CONFIG)
+
+
+@jax.jit
+def forward(params, tokens_BT):
+  return CONFIG.model().apply({'params': params}, tokens_BT)[0]
+
+
+def by_numpy(params, given_documents):
+  """The nats of all targets, each from the first window of LENGTH tokens, STRIDE apart, that predicts it."""
+  nats = 0.0
+  for ids, _ in given_documents:
+    for target in range(1, len(ids)):
+      start = max(0, math.ceil((target - LENGTH) / STRIDE)) * STRIDE
+      tokens_BT = np.zeros((1, LENGTH), np.int32)
+      part = ids[start:start + LENGTH]
+      tokens_BT[0, :len(part)] = part
+      logits_V = np.asarray(forward(params, tokens_BT)[0, target - 1 - start], np.float64)
+      nats += np.log(np.exp(logits_V).sum()) - logits_V[ids[target]]
+  return nats
+
+
+def test_the_score_is_that_of_the_logits(params):
+  """Documents shorter than a window, as long, one longer, and many windows long."""
+  given_documents = documents(2, 9, LENGTH, LENGTH + 1, LENGTH + 2, 5 * LENGTH + 3)
+  found = score(CONFIG, params, given_documents, length=LENGTH, stride=STRIDE, batch=4)
+  np.testing.assert_allclose(found.nats, by_numpy(params, given_documents), rtol=1e-5)  # float32 logits
+  assert found.tokens == sum(len(ids) - 1 for ids, _ in given_documents)
+  assert found.bytes == sum(size for _, size in given_documents)
+
+
+def test_the_batch_and_the_order_change_nothing(params):
+  given_documents = documents(30, 5, 50, 17)
+  scores = [score(CONFIG, params, order, length=LENGTH, stride=STRIDE, batch=batch)
+            for batch, order in ((4, given_documents), (4, given_documents[::-1]),
+                                 (1, iter(given_documents)))]
+  for other in scores[1:]:
+    np.testing.assert_allclose(other.nats, scores[0].nats, rtol=1e-5)  # float32 sums in another order
+    assert (other.tokens, other.bytes) == (scores[0].tokens, scores[0].bytes)
+
+
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary(params):
+  """bits per byte = log2(V) * tokens / bytes."""
+  uniform = params | {'embedding': 0 * params['embedding']}
+  found = score(CONFIG, uniform, documents(40, 7), length=LENGTH, stride=STRIDE, batch=4)
+  expected = math.log2(CONFIG.vocab) * 45 / (3 * 47)
+  np.testing.assert_allclose(found.bits_per_byte, expected, rtol=1e-6)  # float32
+  np.testing.assert_allclose(found.perplexity, CONFIG.vocab, rtol=1e-5)
+
+
+def test_a_document_of_one_token_scores_nothing(params):
+  found = score(CONFIG, params, documents(1, 20), length=LENGTH, stride=STRIDE, batch=4)
+  assert found.tokens == 19
+
+
+@pytest.mark.parametrize(('length', 'stride'), [(33, 8), (16, 0), (16, 17)])
+def test_windows_that_do_not_fit_are_refused(params, length, stride):
+  with pytest.raises(ValueError, match=rf'stride={stride} and length={length}.*32'):
+    score(CONFIG, params, documents(5), length=length, stride=stride)
+
+
+def test_figures():
+  found = Score(nats=8 * math.log(2), tokens=4, bytes=2)
+  assert found.bits_per_byte == pytest.approx(4)
+  assert found.perplexity == pytest.approx(4)
+
+
+def test_compressors_are_beside_it_in_bits_per_byte():
+  text = b'the quick brown fox ' * 50
+  found = perplexity.compressors(text)
+  assert found.keys() == {'gzip', 'bzip2', 'xz'}
+  for name, restore in (('gzip', gzip), ('bzip2', bz2), ('xz', lzma)):
+    assert found[name] == pytest.approx(8 * len(restore.compress(text)) / len(text), rel=0.1)

@@ -1,0 +1,43 @@
+"""Every notebook runs from top to bottom, and is kept without its outputs."""
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / 'colabs').glob('*.ipynb'))
+notebooks = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+pytestmark = pytest.mark.filterwarnings('ignore')  # of Jupyter's own; in the notebook Python's defaults hold
+
+
+def opened(path):
+  nbformat = pytest.importorskip('nbformat', reason="nbformat is in the extra 'test'")
+  return nbformat.read(path, as_version=4)
+
+
+@notebooks
+def test_a_notebook_is_kept_without_outputs(path):
+  for cell in opened(path).cells:
+    if cell.cell_type == 'code':
+      assert (cell.outputs, cell.execution_count) == ([], None)
+
+
+@notebooks
+def test_a_notebook_installs_lmlib_on_colab_first(path):
+  first = next(cell for cell in opened(path).cells if cell.cell_type == 'code')
+  assert "if 'google.colab' in sys.modules:\n  %pip install -q lmlib" in first.source
+
+
+@notebooks
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+  nbclient = pytest.importorskip('nbclient', reason="nbclient and ipykernel are in the extra 'test'")
+  monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])))
+  monkeypatch.setenv('XLA_FLAGS', '')  # one device, and compiled as a reader's would be: it trains
+  monkeypatch.delenv('JAX_DISABLE_MOST_OPTIMIZATIONS', raising=False)
+  monkeypatch.setenv('JUPYTER_RUNTIME_DIR', str(tmp_path / 'runtime'))
+  monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
+  notebook = opened(path)
+  nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3',
+                          resources={'metadata': {'path': str(tmp_path)}}).execute()
+  said = ''.join(output.get('text', '') for cell in notebook.cells for output in cell.get('outputs', ()))
+  assert 'Warning' not in said, said
