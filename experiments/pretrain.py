@@ -25,7 +25,7 @@ from lmlib.train.workdir import Workdir
 
 
 def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0,
-         loss=losses.NextToken(), length: int | None = None, microbatches: int = 1,  # noqa: B008, frozen
+         loss=losses.NextToken(), length: int | None = None, microbatches: int = 1,
          save_every: int = 100, keep: int = 2, prompts: tuple = ('import ', 'class ', 'def read(')):
   """Trains `model` on `data` for `steps` steps of `batch` rows of `length` tokens (None: the model's length).
 
@@ -40,7 +40,7 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     # What can be known before any work.
     mesh = stack.enter_context(sharding.use(layout))
     loop.check(steps=steps, batch=batch, microbatches=microbatches, length=length, longest=model.length,
-               save_every=save_every, keep=keep)
+               save_every=save_every, keep=keep, seed=seed)
     if model.vocab != data.vocab:
       raise ValueError(f'the model has vocab={model.vocab}, but the tokenizer of the data has '
                        f'pieces={data.vocab}: they must be equal')

@@ -96,10 +96,10 @@ def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, rules) -> PartitionSpec:
     raise ValueError(f'{axes!r} uses {sorted(unknown)}: not in the alphabet of sharding.py')
   taken, placed = set(), {}
   for letter, mesh_axes in rules:
-    if letter in axes and letter not in placed and not taken & set(mesh_axes):
-      if shape[axes.index(letter)] % math.prod(mesh.shape[m] for m in mesh_axes) == 0:
-        placed[letter] = mesh_axes
-        taken |= set(mesh_axes)
+    free = letter in axes and letter not in placed and not taken & set(mesh_axes)
+    if free and shape[axes.index(letter)] % math.prod(mesh.shape[m] for m in mesh_axes) == 0:
+      placed[letter] = mesh_axes
+      taken |= set(mesh_axes)
   return PartitionSpec(*(placed.get(a) for a in axes))
 
 

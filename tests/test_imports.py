@@ -144,8 +144,8 @@ def test_packages_import_nothing_by_themselves():
 
 def test_only_what_is_installed_is_imported():
   """Everything imported outside functions is Python's own or stands in setup.py (etils: orbax needs it)."""
-  installed = {'jax', 'flax', 'optax', 'orbax', 'etils', 'tensorstore', 'numpy', 'absl', 'gin', 'sentencepiece',
-               'rich', 'matplotlib', 'tensorboardX'}
+  installed = {'jax', 'flax', 'optax', 'orbax', 'etils', 'tensorstore', 'numpy', 'absl', 'gin',
+               'sentencepiece', 'rich', 'matplotlib', 'tensorboardX'}
   for path in FILES:
     for module in on_import(path.read_text()):
       first = module.split('.')[0]

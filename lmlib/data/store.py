@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 
@@ -204,7 +205,8 @@ def tensorstore_errors_as_os_errors(path: pathlib.Path):
   try:
     yield
   except ValueError as error:
-    raise OSError(f'cannot write {path}: {error}') from error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    raise OSError(f'cannot write {path}: {os.strerror(int(code[1])) if code else error}') from error
 
 
 @contextlib.contextmanager
@@ -229,7 +231,8 @@ def complete_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   except FileExistsError:
     raise
   except OSError as error:
-    raise OSError(f'cannot write {path}: {error.strerror or error}') from error
+    reason = error.strerror or str(error).rpartition(': ')[2]  # of one inside, without the paths on the way
+    raise OSError(f'cannot write {path}: {reason}') from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 

@@ -59,8 +59,9 @@ def closing(summary: dict, folder: pathlib.Path) -> str:
   return '\n'.join([
       f'trained     {summary["steps"]:,} steps, {summary["tokens"]:,} tokens in {metrics.clock(summary["seconds"])}; '
       f'{summary["tokens_per_second"]:,.0f} tokens/s{mfu}{skipped}',
-      f'waited      {summary["seconds_waited_for_data"]:.1f} s for data, {summary["seconds_saving"]:.1f} s for checkpoints',
-      '', f'held out    {summary["held_out_bytes"] / 1e6:.2f} MB in whole documents, none seen in training; bits per byte',
+      f'waited      {summary["seconds_waited_for_data"]:.1f} s for data, '
+      f'{summary["seconds_saving"]:.1f} s for checkpoints', '',
+      f'held out    {summary["held_out_bytes"] / 1e6:.2f} MB in whole documents, none seen in training; bits per byte',
       *(f'            {name:<12}{value:.3f}' for name, value in rows),
       '', f'report      {folder}/report: loss.png, samples.txt, summary.json',
       f'next        talk to it    python experiments/generate.py --gin_file=generate.gin {work}',

@@ -2,7 +2,8 @@
 
 Pre-norm RMSNorm, rotary positions, grouped-query attention, a gated hidden layer, no biases;
 the embedding may be tied to the output. The projections that end in the residual stream start
-smaller by 1 / sqrt(2 L) (Radford et al. 2019).
+smaller by 1 / sqrt(2 L) (Radford et al. 2019). Entries of the embedding start at 1, as large as what the
+blocks add to them, or at 1 / sqrt(D) where the table also scores.
 """
 import dataclasses
 
@@ -97,7 +98,7 @@ class Transformer(nn.Module):
 
   def setup(self):
     cfg = self.cfg
-    self.table_VD = layers.weight(self, 'embedding', 'VD', 'D')
+    self.table_VD = layers.weight(self, 'embedding', 'VD', 'D' if cfg.tied else '')
     self.blocks = stack(Block, cfg.layers, scan=cfg.scan, remat=cfg.remat, shared=4)(cfg)
     self.norm = layers.RmsNorm()
     if not cfg.tied:
@@ -105,7 +106,7 @@ class Transformer(nn.Module):
 
   def hidden(self, tokens_BT, segments_BT=None, cache: Cache | None = None, dropout_B=None):
     """The normalised output of the last block, BTD, and the cache with these tokens in it."""
-    cfg, (B, T) = self.cfg, tokens_BT.shape
+    cfg, T = self.cfg, tokens_BT.shape[1]
     length = T if cache is None else cache.length
     if length > cfg.length:
       raise ValueError(f'a sequence of {length} tokens is longer than dense.Config.length={cfg.length}')

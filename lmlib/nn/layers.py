@@ -11,20 +11,16 @@ import jax.numpy as jnp
 
 from lmlib.sharding import Lettered
 
-variance_scaling = jax.nn.initializers.variance_scaling
-
 
 def weight(module: nn.Module, name: str, axes: str, fan_in: str, scale: float = 1.0) -> jax.Array:
   """A float32 weight of `module`, one letter an axis, of standard deviation scale / sqrt(fan in).
 
-  The sizes come from `module.sizes`, a mapping from letters; the fan in is the product of the
-  sizes of the letters `fan_in`.
+  The sizes come from `module.sizes`, a mapping from letters; the fan in is the product of the sizes of
+  the letters `fan_in`, 1 if there are none.
   """
   shape = tuple(module.sizes[a] for a in axes)
-  where = tuple(axes.index(a) for a in fan_in)
-  rest = tuple(i for i in range(len(axes)) if i not in where)
-  normal = variance_scaling(scale**2, 'fan_in', 'normal', in_axis=where, out_axis=rest)
-  return module.param(name, lambda key: Lettered(normal(key, shape, jnp.float32), axes))
+  deviation = scale / math.prod(module.sizes[a] for a in fan_in) ** 0.5
+  return module.param(name, lambda key: Lettered(deviation * jax.random.normal(key, shape, jnp.float32), axes))
 
 
 def product(equation: str, x, w) -> jax.Array:
@@ -36,7 +32,8 @@ def product(equation: str, x, w) -> jax.Array:
   inputs, out = equation.split('->')
   x_axes, w_axes = inputs.split(',')
   shared = ''.join(a for a in w_axes if a in x_axes)
-  assert x_axes.endswith(shared) and w_axes.startswith(shared), equation
+  assert x_axes.endswith(shared), equation
+  assert w_axes.startswith(shared), equation
   assert out == x_axes.removesuffix(shared) + w_axes.removeprefix(shared), equation
   lead, last = x.shape[:len(x_axes) - len(shared)], w.shape[len(shared):]
   size = math.prod(w.shape[:len(shared)])

@@ -27,12 +27,12 @@ def peak_flops(devices) -> tuple[float, str] | tuple[None, str]:
 
 
 def measured(size: int = 1536) -> float:
-  """FLOP/s of a square float32 matrix product, the best of five."""
+  """FLOP/s of a square float32 matrix product, the best of twenty."""
   a = jnp.ones((size, size), jnp.float32)
   product = jax.jit(jnp.matmul)
   product(a, a).block_until_ready()
   seconds = []
-  for _ in range(5):
+  for _ in range(20):
     start = time.perf_counter()
     product(a, a).block_until_ready()
     seconds.append(time.perf_counter() - start)

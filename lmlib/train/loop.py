@@ -8,14 +8,16 @@ from lmlib import sharding
 from lmlib.train import health
 
 
-def check(*, longest: int, **counts: int):
+def check(*, longest: int, seed: int, **counts: int):
   """Raises ValueError if the numbers of a run do not fit each other or the layout in use.
 
-  counts: steps, batch, microbatches, length, save_every, keep; longest: the model's length.
+  longest: the model's length; counts: steps, batch, microbatches, length, save_every, keep.
   """
   for name, value in counts.items():
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
       raise ValueError(f'{name}={value!r} must be a positive integer')
+  if not 0 <= seed < 2**32:
+    raise ValueError(f'seed={seed} must lie between 0 and {2**32 - 1}')
   batch, microbatches, length = counts['batch'], counts['microbatches'], counts['length']
   if length > longest:
     raise ValueError(f"length={length} is longer than the model's length={longest}")

@@ -37,7 +37,8 @@ def test_the_summary_is_what_the_run_did(folder, summary):
   assert json.loads((folder / 'report' / 'summary.json').read_text()) == summary
   expected = {'bits_per_byte': 300 / math.log(2) / 400, 'perplexity': math.exp(3), 'steps': STEPS,
               'tokens': 100 * STEPS, 'parameters': 12345, 'seconds': 0.1 * STEPS,
-              'seconds_waited_for_data': 0.01 * STEPS, 'tokens_per_second': 1000.0, 'mfu': 0.4, 'steps_skipped': 1}
+              'seconds_waited_for_data': 0.01 * STEPS, 'tokens_per_second': 1000.0, 'mfu': 0.4,
+              'steps_skipped': 1}
   assert {name: summary[name] for name in expected} == pytest.approx(expected)
 
 

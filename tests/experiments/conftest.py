@@ -128,6 +128,15 @@ def until(fact, process: subprocess.Popen):
     time.sleep(0.001)
 
 
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory, texts, environment) -> Command:
+  """A run that went from beginning to end, in one piece."""
+  command = Command(tmp_path_factory.mktemp('finished'), texts, environment)
+  status, out, err = command.run()
+  assert (status, err) == (0, ''), out
+  return command
+
+
 @pytest.fixture
 def command(tmp_path, texts, environment) -> Command:
   return Command(tmp_path, texts, environment)

@@ -1,6 +1,7 @@
 """What a user can get wrong: one line names the setting, before any work, and nothing saved is harmed."""
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -32,6 +33,7 @@ EARLY = {
     'config': (['dense.Config.heads = 3'], 'heads=3', 'kv_heads=2'),
     'steps': (['STEPS = 0'], 'steps=0'),
     'save_every': (['BATCH = 8', 'pretrain.main.save_every = 0'], 'save_every=0'),
+    'seed': (['BATCH = 8', f'SEED = {2**32}'], f'seed={2**32}', f'{2**32 - 1}'),
     'keep': (['BATCH = 8', 'pretrain.main.keep = 0'], 'keep=0'),
     'batch': ([], 'batch=4', '8 devices', 'data x fsdp'),
     'microbatches': (['BATCH = 16', 'pretrain.main.microbatches = 4'], 'batch=16', 'microbatches=4', '8 dev'),
@@ -83,15 +85,6 @@ def test_a_workdir_that_is_read_only(attempt, tmp_path):
   tmp_path.chmod(0o700)
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory, texts, environment) -> Command:
-  """A short run that is done."""
-  command = Command(tmp_path_factory.mktemp('finished'), texts, environment)
-  status, _, err = command.run('STEPS = 8', 'BATCH = 8')
-  assert (status, err) == (0, '')
-  return command
-
-
 def contents(folder: pathlib.Path) -> dict:
   return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
@@ -100,8 +93,8 @@ OTHERS = {
     'model': ({'width = 16': 'width = 24'}, 'model.width: there 16, here 24'),
     'optimizer': ({'adamw': 'lion', 'AdamW': 'Lion'}, "optimizer: there 'adamw.AdamW', here 'lion.Lion'"),
     'peak': ({'0.003': '0.01'}, 'optimizer.schedule.peak: there 0.003, here 0.01'),
-    'batch': ({'BATCH = 4': 'BATCH = 16'}, 'batch: there 8, here 16'),
-    'seed': ({'BATCH = 4': 'BATCH = 8\nSEED = 1'}, 'seed: there 0, here 1'),
+    'batch': ({'BATCH = 4': 'BATCH = 16'}, 'batch: there 4, here 16'),
+    'seed': ({'BATCH = 4': 'BATCH = 4\nSEED = 1'}, 'seed: there 0, here 1'),
     'vocabulary': ({'= 300': '= 310'}, 'model.vocab: there 300, here 310'),
 }
 
@@ -109,12 +102,12 @@ OTHERS = {
 @pytest.mark.parametrize(('changes', 'shown'), OTHERS.values(), ids=OTHERS)
 def test_another_run_is_refused_before_work_and_left_alone(attempt, command, finished, changes, shown):
   before, text = contents(finished.workdir), command.gin.read_text()
-  for old, new in {**changes, 'BATCH = 4': changes.get('BATCH = 4', 'BATCH = 8')}.items():
+  for old, new in changes.items():
     assert old in text
     text = text.replace(old, new)
   command.gin.write_text(text)
   with pytest.raises(ValueError, match='holds another run') as error:
-    attempt(f"WORKDIR = '{finished.workdir}'")
+    attempt(f"WORKDIR = '{finished.workdir}'", 'sharding.Layout.data = 1', 'sharding.Layout.tensor = 8')
   assert shown in str(error.value)
   assert str(finished.workdir) in str(error.value)
   assert contents(finished.workdir) == before
@@ -125,7 +118,7 @@ def test_a_workdir_of_other_data_is_refused_and_left_alone(finished, tmp_path, t
     (tmp_path / path.name).write_text(path.read_text() + ' and more')
   before = contents(finished.workdir)
   other = Command(tmp_path, tmp_path, environment)
-  status, _, err = other.run('STEPS = 8', 'BATCH = 8', f"WORKDIR = '{finished.workdir}'")
+  status, _, err = other.run(f"WORKDIR = '{finished.workdir}'")
   assert status == 2
   assert err.startswith(f"WORKDIR '{finished.workdir}' holds another run (data: there '")
   assert err.count('\n') == 1
@@ -181,26 +174,33 @@ def test_a_disk_that_is_full_while_data_are_prepared(command, tmp_path):
   assert not command.workdir.exists()
 
 
-def test_a_disk_that_is_full_at_a_checkpoint(command, finished):  # whose data are prepared
-  status, _, err = command.run(longest_file=12_000)
+def test_a_disk_that_is_full_at_a_checkpoint_and_the_one_before_is_whole(command, finished):
+  shutil.copytree(finished.workdir, command.workdir)
+  shutil.rmtree(command.workdir / 'checkpoints' / '60')  # as if it had been killed at step 57
+  before = contents(command.workdir / 'checkpoints')
+  longest = (command.workdir / 'metrics.jsonl').stat().st_size + 1_000
+  assert longest < max(map(len, before.values()))
+  status, _, err = command.run(longest_file=longest)
   assert status == 1
-  assert err.startswith(f'checkpoint of step 7 could not be written to {command.workdir}/checkpoints/7: ')
+  assert err.startswith(f'checkpoint of step 60 could not be written to {command.workdir}/checkpoints/60: ')
+  assert err.endswith('the last good one is of step 56\n')
   assert err.count('\n') == 1
-  assert command.checkpoints() == []
-  assert command.run('STEPS = 60')[0] == 0  # with room again, the same command goes on
-
-
-def test_a_disk_that_is_full_at_a_line_of_metrics_and_what_was_saved_is_whole(command):
-  few = 'pretrain.main.save_every = 1000'
-  status, _, err = command.run(few, 'STEPS = 8')
-  assert (status, command.checkpoints()) == (0, [8])
-  size = (command.workdir / 'metrics.jsonl').stat().st_size
-  status, _, err = command.run(few, longest_file=max(size, 8_000) + 1_000)
-  assert (status, err) == (1, f'{command.workdir}/metrics.jsonl: File too large\n')
-  status, out, err = command.run(few)
+  assert contents(command.workdir / 'checkpoints') == before
+  status, out, err = command.run()  # with room again, the same command goes on
   assert (status, err) == (0, '')
-  assert 'going on after step 8 of 60' in out
-  assert [line['step'] for line in command.metrics] == list(range(1, 61))
+  assert 'going on after step 56 of 60' in out
+
+
+def test_a_disk_that_is_full_at_a_line_of_metrics_and_what_was_saved_is_whole(command, finished):
+  few = 'pretrain.main.save_every = 1000'
+  for name in ('manifest.json', 'tokenizer.model'):
+    assert (finished.workdir / name).stat().st_size < 9_000
+  status, _, err = command.run(few, longest_file=9_000)
+  assert (status, err) == (1, f'{command.workdir}/metrics.jsonl: File too large\n')
+  assert 0 < command.last_step() < 60
+  status, _, err = command.run(few)  # with room again, the same command goes on
+  assert (status, err) == (0, '')
+  assert [line['loss'] for line in command.metrics] == [line['loss'] for line in finished.metrics]
 
 
 def test_too_little_space_for_the_checkpoints_is_known_before_training(command, monkeypatch):

@@ -16,6 +16,12 @@ from lmlib.train.checkpoint import restore_params
 MODEL = dense.Config(vocab=300, layers=1, width=16, hidden=32, heads=2, kv_heads=2, head_width=8, length=32)
 
 
+@pytest.fixture(autouse=True)
+def compiled_soon(command):
+  """Each of these runs compiles a step of its own."""
+  command.environment = command.environment | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+
+
 @pytest.fixture
 def batches(command, texts) -> Batches:
   corpus = Corpus(TextFiles(f'{texts}/*.txt'), SentencePiece(pieces=300))

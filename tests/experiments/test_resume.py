@@ -18,17 +18,11 @@ def numbers(lines):
   return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
 
 
-@pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory, texts, environment):
-  """(metrics, folder) of a run from beginning to end."""
-  command = Command(tmp_path_factory.mktemp('undisturbed'), texts, environment)
-  status, out, err = command.run()
-  assert (status, err) == (0, ''), out
-  lines = command.metrics
+def test_an_undisturbed_run_learns_and_writes_every_step_once(finished):
+  lines = finished.metrics
   assert [line['step'] for line in lines] == list(range(1, STEPS + 1))
   assert all(line['seconds'] > 0 for line in lines)
-  assert lines[-1]['loss'] < lines[0]['loss'] - 0.5  # it learns, so that equal losses mean something
-  return numbers(lines), command
+  assert lines[-1]['loss'] < lines[0]['loss'] - 0.5  # so that equal losses mean something
 
 
 @pytest.fixture(scope='module')
@@ -49,15 +43,15 @@ def again(stopped, command):
   return command
 
 
-def finishes(command, undisturbed) -> str:
+def finishes(command, finished) -> str:
   """The command goes on to the same numbers, once each; returns what it says."""
   status, out, err = command.run()
   assert (status, err) == (0, ''), out
-  assert numbers(command.metrics) == undisturbed[0]
+  assert numbers(command.metrics) == numbers(finished.metrics)
   return out
 
 
-def test_killed_three_times_the_losses_are_those_of_an_undisturbed_run(undisturbed, command):
+def test_killed_three_times_the_losses_are_those_of_an_undisturbed_run(finished, command):
   seed = random.randrange(10**6)
   print(f'seed {seed}')
   draw = random.Random(seed)
@@ -74,11 +68,11 @@ def test_killed_three_times_the_losses_are_those_of_an_undisturbed_run(undisturb
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (command.workdir / 'report').exists()
-  finishes(command, undisturbed)
+  finishes(command, finished)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(undisturbed):
-  command = undisturbed[1]
+def test_a_finished_run_says_so_and_changes_nothing(finished):
+  command = finished
   facts = lambda: {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
                    for path in command.workdir.rglob('*')}
   before = facts()
@@ -89,18 +83,18 @@ def test_a_finished_run_says_so_and_changes_nothing(undisturbed):
   assert facts() == before
 
 
-def test_sigterm_saves_says_what_to_do_and_the_run_goes_on(stopped, undisturbed, again):
+def test_sigterm_saves_says_what_to_do_and_the_run_goes_on(stopped, finished, again):
   command, status, out, err = stopped
   assert status == 75
   assert 'SIGTERM: saving after this step' in out
   step = command.checkpoints()[-1]
   assert err == f'stopped by SIGTERM after step {step} of 60, saved; run the same command to go on\n'
   assert step == command.last_step() >= 20
-  out = finishes(again, undisturbed)
+  out = finishes(again, finished)
   assert f'going on after step {step} of 60' in out
 
 
-def test_ctrl_c_while_compiling_saves_the_first_step_and_the_run_goes_on(undisturbed, command):
+def test_ctrl_c_while_compiling_saves_the_first_step_and_the_run_goes_on(finished, command):
   process = command.start()
   begun(process)
   time.sleep(0.1)
@@ -110,7 +104,7 @@ def test_ctrl_c_while_compiling_saves_the_first_step_and_the_run_goes_on(undistu
   assert err.count('\n') == 1
   if command.checkpoints():  # else it came before the loop, and there was nothing to save
     assert f'stopped by SIGINT after step {command.checkpoints()[-1]} of 60, saved; run the same' in err
-  finishes(command, undisturbed)
+  finishes(command, finished)
 
 
 def test_ctrl_c_while_data_is_prepared_leaves_nothing(command, tmp_path):
@@ -129,33 +123,33 @@ def largest(folder):
   return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def test_a_corrupted_checkpoint_is_named_and_set_aside_and_the_older_one_used(undisturbed, again):
+def test_a_corrupted_checkpoint_is_named_and_set_aside_and_the_older_one_used(finished, again):
   older, newest = again.checkpoints()
   file = largest(again.workdir / 'checkpoints' / str(newest))
   raw = bytearray(file.read_bytes())
   middle = slice(len(raw) // 2, len(raw) // 2 + 16)
   raw[middle] = bytes(255 - byte for byte in raw[middle])
   file.write_bytes(raw)
-  out = finishes(again, undisturbed)
+  out = finishes(again, finished)
   assert f'checkpoint of step {newest} is damaged' in out
   assert f'trying that of step {older}' in out
   assert f'going on after step {older} of 60' in out
   assert (again.workdir / 'checkpoints' / f'{newest}.damaged').is_dir()
 
 
-def test_a_torn_checkpoint_and_a_torn_line_are_no_hindrance(undisturbed, again):
+def test_a_torn_checkpoint_and_a_torn_line_are_no_hindrance(finished, again):
   older, newest = again.checkpoints()
   file = largest(again.workdir / 'checkpoints' / str(newest))
   file.write_bytes(file.read_bytes()[:100])
   metrics = again.workdir / 'metrics.jsonl'
   metrics.write_bytes(metrics.read_bytes() + b'{"step": 9999, "los')
-  out = finishes(again, undisturbed)
+  out = finishes(again, finished)
   assert f'checkpoint of step {newest} is damaged' in out
   assert f'going on after step {older} of 60' in out
 
 
-def test_more_steps_go_on_from_a_finished_run(undisturbed, command):
-  shutil.copytree(undisturbed[1].workdir, command.workdir)
+def test_more_steps_go_on_from_a_finished_run(finished, command):
+  shutil.copytree(finished.workdir, command.workdir)
   status, out, err = command.run('STEPS = 70')
   assert (status, err) == (0, '')
   assert 'going on after step 60 of 70' in out
@@ -163,12 +157,12 @@ def test_more_steps_go_on_from_a_finished_run(undisturbed, command):
   assert json.loads((command.workdir / 'report/summary.json').read_text())['steps'] == 70
 
 
-def test_devices_layout_microbatches_scan_and_remat_may_change_on_the_way(undisturbed, again):
+def test_devices_layout_microbatches_scan_and_remat_may_change_on_the_way(finished, again):
   again.environment = again.environment | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
                                            'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}  # compiles sooner
   status, _, err = again.run('sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2',
                              'sharding.Layout.tensor = 2', 'pretrain.main.microbatches = 2',
                              'dense.Config.scan = False', "dense.Config.remat = 'full'")
   assert (status, err) == (0, '')
-  found, expected = ([line['loss'] for line in lines] for lines in (again.metrics, undisturbed[0]))
+  found, expected = ([line['loss'] for line in lines] for lines in (again.metrics, finished.metrics))
   assert found == pytest.approx(expected, abs=1e-4)  # float32 sums in another order, over 40 steps

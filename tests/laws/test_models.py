@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmlib.models import protocol
+from lmlib.nn.layers import dropout
 from tests.laws.models import CONFIGS, made, tokens
 
 # float32 sums of different length or order: 1e-5 of logits of size 1 is a hundred roundings.
@@ -67,7 +68,7 @@ def test_decoding_equals_the_forward_pass(config, chunks):
 @configs
 def test_rows_of_different_length_decode_together(config):
   params, tokens_BT, lengths_B = made(config), tokens(config, 3, 10), jnp.array([2, 7, 5])
-  _, cache = apply(config, params, tokens_BT[:, :8], None, config.cache(3, 12))  # right-padded prompts: the rest of 8 is junk
+  _, cache = apply(config, params, tokens_BT[:, :8], None, config.cache(3, 12))  # right-padded: the rest of 8 is junk
   cache = cache.replace(used_B=lengths_B)
   next_BT = jnp.take_along_axis(tokens_BT, lengths_B[:, None], 1)
   out_BTV, _ = apply(config, params, next_BT, None, cache)
@@ -129,11 +130,19 @@ def test_dropout_belongs_to_the_row(config):
 
 
 def test_dropout_keeps_the_mean_and_drops_the_share():
-  from lmlib.nn.layers import dropout
   y_BTD = dropout(jnp.ones((4, 64, 64)), jax.random.split(jax.random.key(0), 4), 0.3)
   share = float((y_BTD == 0).mean())
   assert abs(share - 0.3) < 0.02  # 16384 draws: five standard deviations are 0.018
   np.testing.assert_allclose(y_BTD[y_BTD != 0], 1 / 0.7, rtol=1e-6)
+
+
+@configs
+def test_a_new_model_knows_nothing(config):
+  """Its first loss is near log V: logits of size 1 add 1/2, and little more."""
+  params, tokens_BT = protocol.init(config, jax.random.key(3)), tokens(config, 8, 32)
+  logp_BTV = jax.nn.log_softmax(logits(config, params, tokens_BT))
+  nats = -jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], -1).mean()
+  assert np.log(config.vocab) - 0.2 < nats < np.log(config.vocab) + 0.8
 
 
 @configs

@@ -53,6 +53,12 @@ def test_a_seed_reproduces_and_another_differs(params):
   assert draw(0) == draw(0) != draw(1)
 
 
+def test_each_token_is_drawn_anew(params):
+  """Where all tokens are equally likely, each row draws several of them."""
+  uniform = params | {'embedding': 0 * params['embedding']}
+  assert all(len(set(row)) > 2 for row in generate(CONFIG, uniform, PROMPTS, new=NEW))
+
+
 def test_rows_of_equal_prompts_differ(params):
   a, b = generate(CONFIG, params, [PROMPTS[0]] * 2, new=NEW)
   assert a != b
