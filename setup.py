@@ -16,8 +16,9 @@ setup(
         f'jax>=0.10.2,<0.11; {OLD}', f'flax>=0.12.8,<0.12.9; {OLD}',
         f'jax>=0.11.1,<0.13; {NEW}', f'flax>=0.12.12,<0.13; {NEW}',
         'optax>=0.2.8,<0.3', 'orbax-checkpoint>=0.12.8,<0.13', 'tensorstore>=0.1.86', 'numpy>=2',
-        'absl-py>=2', 'gin-config==0.5.0', 'sentencepiece>=0.2.1,<0.3', 'seqio>=0.0.20',
-        'rich>=13', 'matplotlib>=3.9', 'tensorboardX>=2.6.2',
+        'absl-py>=2', 'etils[epath]>=1.12', 'gin-config==0.5.0', 'sentencepiece>=0.2.1,<0.3',
+        'matplotlib>=3.9', 'tensorboardX>=2.6.2',
+        'seqio>=0.0.20; sys_platform == "linux"',  # its TensorFlow Text has no wheels elsewhere
     ],
     extras_require={
         'tpu': [f'jax[tpu]>=0.10.2,<0.11; {OLD}', f'jax[tpu]>=0.11.1,<0.13; {NEW}'],

@@ -19,7 +19,7 @@ from lmlib.optim import adamw
 from lmlib.optim import schedules
 
 include 'runs/pretrain.gin'
-include 'models/dense_4m.gin'
+include 'models/dense_3m.gin'
 include 'meshes/data.gin'
 include 'data/text_files.gin'
 

@@ -163,6 +163,6 @@ def test_devices_layout_microbatches_scan_and_remat_may_change_on_the_way(finish
   status, _, err = again.run('sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2',
                              'sharding.Layout.tensor = 2', 'pretrain.main.microbatches = 2',
                              'dense.Config.scan = False', "dense.Config.remat = 'full'")
-  assert (status, err) == (0, '')
+  assert status == 0, err  # XLA may warn of an inefficient layout
   found, expected = ([line['loss'] for line in lines] for lines in (again.metrics, finished.metrics))
   assert found == pytest.approx(expected, abs=1e-4)  # float32 sums in another order, over 40 steps

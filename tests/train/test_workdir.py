@@ -1,5 +1,6 @@
 """A folder belongs to one run, and to one process at a time."""
 import dataclasses
+import fcntl
 import json
 
 import pytest
@@ -67,11 +68,19 @@ def test_only_one_process_at_a_time(tmp_path):
     pass
 
 
-def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path):
-  """One process ends and removes the file while another opens it, and a third makes a new one."""
+def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path, monkeypatch):
+  flock, calls = fcntl.flock, []
+
+  def late(file, how):
+    if not calls:  # the one who had it ends, and removes the file, after we opened it
+      (tmp_path / 'lock').unlink()
+    calls.append(how)
+    flock(file, how)
+
+  monkeypatch.setattr(fcntl, 'flock', late)
   with Workdir(str(tmp_path)):
-    (tmp_path / 'lock').unlink()
-    with Workdir(str(tmp_path)), pytest.raises(ValueError, match='in use'):
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match='in use by another process'):
       Workdir(str(tmp_path))
 
 
