@@ -2,11 +2,16 @@
 
   python experiments/evaluate.py --gin_file=evaluate.gin --gin_bindings='GLOB = "texts/*.txt"'
 """
+from lmlib import cli
+
+if __name__ == '__main__':  # before jax is imported, which reads its log level then
+  cli.run(__file__)
+
 import json
 import pathlib
 
 from experiments import pretrain
-from lmlib import cli, sharding
+from lmlib import sharding
 from lmlib.data.sources import TextFiles
 from lmlib.data.tokenizer import Tokenizer
 from lmlib.eval import perplexity
@@ -34,8 +39,4 @@ def main(*, workdir: str, source: TextFiles, layout=sharding.Layout(), length: i
     score = perplexity.score(model, params, documents, length=length, stride=stride)
   print(f'{workdir} after step {step} on {len(texts)} documents, {score.bytes:,} bytes')
   print(json.dumps({'bits_per_byte': score.bits_per_byte, 'perplexity': score.perplexity, 'tokens': score.tokens,
-                    'compressors_bits_per_byte': perplexity.compressors(''.join(texts).encode())}))
-
-
-if __name__ == '__main__':
-  cli.run(__file__)
+                    'compressors_bits_per_byte': perplexity.compressors([text.encode() for text in texts])}))

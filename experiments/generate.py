@@ -2,10 +2,15 @@
 
   python experiments/generate.py --gin_file=generate.gin --gin_bindings='PROMPTS = ("import ",)'
 """
+from lmlib import cli
+
+if __name__ == '__main__':  # before jax is imported, which reads its log level then
+  cli.run(__file__)
+
 import pathlib
 
 from experiments import pretrain
-from lmlib import cli, sharding
+from lmlib import sharding
 from lmlib.data.tokenizer import Tokenizer
 from lmlib.models import protocol
 from lmlib.serve.generate import generate
@@ -27,7 +32,3 @@ def main(*, workdir: str, prompts: tuple, layout=sharding.Layout(), new: int = 2
   print(f'{workdir} after step {step}')
   for prompt, row in zip(prompts, continued):
     print(f'---- {prompt!r} is continued\n{prompt}{tokenizer.decode(row)}\n')
-
-
-if __name__ == '__main__':
-  cli.run(__file__)

@@ -5,12 +5,17 @@
 
 The same command run again goes on where it stopped.
 """
+from lmlib import cli
+
+if __name__ == '__main__':  # before jax is imported, which reads its log level then
+  cli.run(__file__)
+
 import contextlib
 import json
 
 import jax
 
-from lmlib import cli, gin_text, sharding, trees
+from lmlib import gin_text, sharding, trees
 from lmlib.data.loader import Loader
 from lmlib.data.packing import Batches
 from lmlib.data.prepare import prepare
@@ -99,14 +104,9 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     held_out = prepared.held_out
     score = perplexity.score(model, state.params, held_out.scored(), length=length,
                              stride=max(1, length // 2))
-    text = ''.join(held_out.text(i) for i in range(held_out.documents)).encode()
     continued = generate(model, state.params, ids, new=min(200, model.length - longest), eos=tokenizer.eos,
                          temperature=0.7, seed=seed) if ids else []
     samples = [(prompt, tokenizer.decode(row)) for prompt, row in zip(prompts, continued)]
-    others = perplexity.compressors(text)
+    others = perplexity.compressors([held_out.text(i).encode() for i in range(held_out.documents)])
     done = report.write(folder, score=score, others=others, samples=samples, facts=facts)
     live.say(report.closing(done, folder))
-
-
-if __name__ == '__main__':
-  cli.run(__file__)

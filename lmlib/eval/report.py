@@ -1,5 +1,6 @@
 """What a run says of itself: tables for the screen, report/ with pictures, samples and figures."""
 import json
+import os
 import pathlib
 import statistics
 
@@ -43,10 +44,12 @@ def write(folder: pathlib.Path, *, score: Score, others: dict[str, float], sampl
       'tokens_per_second': statistics.median(line['tokens_per_second'] for line in steady),
       'mfu': statistics.median(line['mfu'] for line in steady) if 'mfu' in lines[-1] else None,
       'memory_bytes': lines[-1]['memory_bytes'], 'steps_skipped': sum(not line['finite'] for line in lines)}
-  (out / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
   (out / 'samples.txt').write_text(''.join(
       f'---- {prompt!r} is continued\n{prompt}{continued}\n\n' for prompt, continued in samples))
   loss_curve(lines, out / 'loss.png', title=folder.name, held_out=score.nats / score.tokens)
+  fresh = out / 'summary.json.tmp'  # last, and whole: it says that the report is written
+  fresh.write_text(json.dumps(summary, indent=2) + '\n')
+  os.replace(fresh, out / 'summary.json')
   return summary
 
 
@@ -62,7 +65,7 @@ def closing(summary: dict, folder: pathlib.Path) -> str:
       f'waited      {summary["seconds_waited_for_data"]:.1f} s for data, '
       f'{summary["seconds_saving"]:.1f} s for checkpoints', '',
       f'held out    {summary["held_out_bytes"] / 1e6:.2f} MB in whole documents, none seen in training; bits per byte',
-      *(f'            {name:<12}{value:.3f}' for name, value in rows),
+      *(f'            {name:<16}{value:.3f}' for name, value in rows),
       '', f'report      {folder}/report: loss.png, samples.txt, summary.json',
       f'next        talk to it    python experiments/generate.py --gin_file=generate.gin {work}',
       f'            score text    python experiments/evaluate.py --gin_file=evaluate.gin {work}',

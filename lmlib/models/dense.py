@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     positions_BT = jnp.arange(T)[None] + (jnp.zeros((1, 1), jnp.int32) if cache is None else used_B[:, None])
     dropout_B = None if cfg.dropout is None else dropout_B
 
-    x_BTD = self.table_VD.astype(cfg.dtype)[tokens_BT]
+    x_BTD = sharding.constrain(self.table_VD.astype(cfg.dtype), 'VD')[tokens_BT]
     kv = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
     x_BTD, (_, kv) = self.blocks(x_BTD, (jnp.arange(cfg.layers), kv), positions_BT, segments_BT, used_B, dropout_B)
     return self.norm(x_BTD), None if cache is None else Cache(*kv, used_B + T)

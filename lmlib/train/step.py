@@ -35,7 +35,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
 
   Every array of a batch has the batch axis first, a multiple of `microbatches`. Metrics are the
   loss and the loss's own, divided by the weight; norms of gradient (before clipping), parameters
-  and update; `finite`, 0 where a gradient or loss was not and the step changed nothing but `step`.
+  and update; `finite`, 0 where loss, gradient or update was not and the step changed nothing but `step`.
   """
 
   def summed(params, batch):
@@ -48,12 +48,11 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
     grads, (weight, metrics) = _accumulated(gradient, state.params, batch, microbatches)
     grads, metrics = jax.tree.map(lambda x: x / weight, (grads, metrics))
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
-
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, update_norm = optax.apply_updates(state.params, updates), optax.tree.norm(updates)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(metrics['loss'])
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    metrics |= {'grad_norm': grad_norm, 'update_norm': optax.tree.norm(updates),
+    metrics |= {'grad_norm': grad_norm, 'update_norm': update_norm,
                 'param_norm': optax.tree.norm(state.params), 'weight': weight,
                 'finite': finite.astype(jnp.float32)}
     return State(state.step + 1, keep(params, state.params), keep(optimizer_state, state.optimizer),
