@@ -44,13 +44,13 @@ def test_control_ids_are_no_text_and_broken_characters_are_marked(tokenizer):
 
 
 def test_digits_are_split():
-  numbers = SentencePiece(pieces=275).train(['in 2718 of 1828\n' * 100], 1600)
+  numbers = SentencePiece(pieces=275, across_words=True).train(['in 2718 of 1828\n' * 100], 1600)
   assert len(numbers.encode('2718')) == 4
 
 
 def test_pieces_reach_over_words_and_lines_only_when_asked():
   texts = ['def f(self):\n    return self.value\n' * 50] * 4
-  joined = SentencePiece(pieces=300).train(texts, 7000)
+  joined = SentencePiece(pieces=300, across_words=True).train(texts, 7000)
   apart = SentencePiece(pieces=280, across_words=False).train(texts, 7000)
   pieces = [[t.decode([i]) for i in range(259, t.vocab)] for t in (joined, apart)]
   assert any('\n    r' in piece for piece in pieces[0])
