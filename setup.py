@@ -25,5 +25,4 @@ setup(
         'cuda': [f'jax[cuda13]>=0.10.2,<0.11; {OLD}', f'jax[cuda13]>=0.11.1,<0.13; {NEW}'],
         'test': ['pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'nbclient>=0.10', 'nbformat>=5', 'ipykernel>=6'],
     },
-    classifiers=['License :: OSI Approved :: Apache Software License', 'Programming Language :: Python :: 3'],
 )

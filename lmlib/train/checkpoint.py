@@ -196,6 +196,7 @@ def _steps(directory) -> list[int]:
 def _hush():
   """Keeps off the screen what orbax says of failures: they reach the caller as exceptions, in one line."""
   logging.getLogger('absl').addFilter(_not_orbax)
+  logging.getLogger('asyncio').addFilter(_not_forgotten)
   if not hasattr(sys.unraisablehook, 'before_checkpoints'):
     before = sys.unraisablehook
 
@@ -210,6 +211,11 @@ def _hush():
 
 def _not_orbax(record: logging.LogRecord) -> bool:
   return 'orbax' not in record.pathname
+
+
+def _not_forgotten(record: logging.LogRecord) -> bool:
+  # One of many failed writes reaches the caller; asyncio logs those that nobody asked for.
+  return 'exception was never retrieved' not in record.getMessage()
 
 
 def _apart(state) -> tuple[dict, dict]:
