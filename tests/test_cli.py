@@ -430,7 +430,8 @@ print(hits.count('/jax/compilation_cache/cache_hits'))
 
 def quietly(code, **environment):
   kept = {name: value for name, value in os.environ.items()
-          if name not in ('XLA_FLAGS', 'TF_CPP_MIN_LOG_LEVEL', 'LMLIB_CACHE', 'XDG_CACHE_HOME') and not name.startswith('JAX_')}
+          if name not in ('XLA_FLAGS', 'TF_CPP_MIN_LOG_LEVEL', 'LMLIB_CACHE', 'XDG_CACHE_HOME')
+          and not name.startswith('JAX_')}
   environment = {**kept, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', **environment}
   done = subprocess.run([sys.executable, '-c', code], env=environment, text=True, capture_output=True,
                         check=False, timeout=120)
