@@ -73,7 +73,7 @@ def arguments(main, gin_files=(), bindings=()) -> dict:
   """
   reader = _Reader()
   for name in gin_files:
-    reader.file(name, '--gin_file')
+    reader.file(os.fspath(name), '--gin_file')
   imports = dict(reader.imports)
   for binding in bindings:
     reader.text(binding, '--gin_bindings', imports)

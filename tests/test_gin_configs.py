@@ -16,7 +16,7 @@ ROOT = cli.GIN_CONFIGS
 LEAVES = sorted(path.name for path in ROOT.glob('*.gin'))
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob('*.gin'))
 MACROS = {'MODEL', 'DATA', 'OPTIMIZER', 'LAYOUT', 'STEPS', 'BATCH', 'WORKDIR', 'SEED'}
-OWN = {'GLOB', 'FIELD', 'PROMPTS'}  # what to read or continue, which no file can know
+OWN = {'GLOB', 'FIELD', 'PROMPTS', 'NEW'}  # what to read or continue, which no file can know
 GIVEN = ("GLOB = 'texts/*.txt'",)  # what a user must say, to files that require it
 PARAMETERS = {'3m': 3_000_000, '124m': 124_000_000}
 

@@ -68,7 +68,8 @@ def closing(summary: dict, folder: pathlib.Path) -> str:
       *(f'            {name:<16}{value:.3f}' for name, value in rows),
       '', f'report      {folder}/report: loss.png, samples.txt, summary.json',
       f'next        talk to it    python experiments/generate.py --gin_file=generate.gin {work}',
-      f'            score text    python experiments/evaluate.py --gin_file=evaluate.gin {work}',
+      f'            score text    python experiments/evaluate.py --gin_file=evaluate.gin {work} '
+      "--gin_bindings='GLOB = \"texts/*.txt\"'",
       f'            watch         tensorboard --logdir={folder}/tensorboard   (pip install tensorboard)',
       '            scale         python experiments/pretrain.py --gin_file=pretrain_dense_124m.gin',
       '            your text     python experiments/pretrain.py --gin_file=text_files.gin '

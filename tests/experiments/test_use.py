@@ -1,0 +1,36 @@
+"""What a finished run is good for: generating and evaluating, as the closing summary says."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.experiments.conftest import ROOT
+
+
+def run(environment, experiment: str, **macros) -> str:
+  bindings = [f'--gin_bindings={name} = {value!r}' for name, value in macros.items()]
+  done = subprocess.run([sys.executable, ROOT / f'experiments/{experiment}.py', f'--gin_file={experiment}.gin',
+                         *bindings], text=True, capture_output=True, env=environment, check=False)
+  assert (done.returncode, done.stderr) == (0, '')
+  return done.stdout
+
+
+def test_generate_continues_each_prompt(finished, environment):
+  prompts = ('ab', 'cd')
+  out = run(environment, 'generate', WORKDIR=str(finished.workdir), PROMPTS=prompts, NEW=5)
+  assert 'after step 60' in out
+  for prompt in prompts:
+    assert f"---- {prompt!r} is continued\n{prompt}" in out
+
+
+def test_evaluate_scores_the_held_out_documents_as_the_report_did(finished, environment, texts, tmp_path):
+  manifest = json.loads((finished.workdir / 'manifest.json').read_text())
+  report = json.loads((finished.workdir / 'report' / 'summary.json').read_text())
+  by_size = {path.stat().st_size: path for path in texts.iterdir()}
+  held_out = next(row for row in manifest['data'] if row['part'] == 'held out')
+  assert held_out['documents'] == 1, 'one file, found by its size'
+  out = run(environment, 'evaluate', WORKDIR=str(finished.workdir), GLOB=str(by_size[held_out['bytes']]))
+  found = json.loads(out.splitlines()[-1])
+  assert found['bits_per_byte'] == pytest.approx(report['bits_per_byte'], rel=1e-5)
+  assert found['compressors_bits_per_byte'] == report['compressors_bits_per_byte']
