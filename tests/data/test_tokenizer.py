@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lmlib.data import tokenizer as tokenizers
 from lmlib.data.tokenizer import SentencePiece, Tokenizer
 
 AWKWARD = ['', ' ', '  x  ', '\n\n\t\t', '\r', 'a\r\n', 'a\0b\0', '1234567', '<s>', '</s>', '<unk>', '<0x41>',
@@ -81,23 +80,6 @@ def test_files_that_are_no_such_model(tmp_path, texts):
     Tokenizer.load(tmp_path / 'z.model')
 
 
-def test_blocks_lose_nothing_but_reserved_characters():
-  text = ('line\n' * 7 + 'x' * 2500 + '\n\n' + '  y\u2581\0\u2585\n' * 600)
-  blocks = list(tokenizers.blocks(text))
-  assert ''.join(blocks) == text.translate(tokenizers.RESERVED)
-  assert max(map(len, blocks)) == tokenizers.BLOCK
-  assert [block[0] for block in blocks[-2:]] == ['\n', '\n']  # cut before a newline where there is one
-
-
-def test_a_sample_is_spread_over_the_text(monkeypatch):
-  taken = []
-  monkeypatch.setattr(tokenizers.sentencepiece.SentencePieceTrainer, 'train',
-                      lambda *, sentence_iterator, **_: taken.extend(sentence_iterator))
-  with pytest.raises(ValueError, match='model'):  # there is none
-    SentencePiece(sample=2000).train((f'{i:04}' * 250 for i in range(8)), 8000)
-  assert [block[:4] for block in taken] == ['0003', '0007']
-
-
 @pytest.mark.parametrize(('pieces', 'text', 'words'), [
     (4096, 'too little text', ['4096', '15 characters', '<= 2']),
     (300, '', ['too little text', '0 characters']),
@@ -110,8 +92,9 @@ def test_too_little_text_or_too_many_characters(pieces, text, words):
     assert word in str(error.value)
 
 
-@pytest.mark.parametrize('bad', [{'pieces': 259}, {'longest': 0}, {'coverage': 1.5}, {'sample': 10}])
+@pytest.mark.parametrize('bad', [{'pieces': 259}, {'longest': 0}, {'coverage': 1.5}, {'sample': 10},
+                                 {'model_type': 'word'}])
 def test_bad_settings(bad):
   (name, value), = bad.items()
-  with pytest.raises(ValueError, match=f'SentencePiece.{name}={value} '):
+  with pytest.raises(ValueError, match=f'SentencePiece.{name}={value!r} '):
     SentencePiece(**bad)
