@@ -8,16 +8,6 @@ from lmlib.eval.perplexity import Score
 from lmlib.train import metrics
 
 
-def data_table(rows: list[dict], skipped) -> str:
-  """Documents, bytes and tokens of every part, and how many files were left out."""
-  lines = [f'{"data":<12}{"documents":>10}{"MB":>9}{"tokens":>12}{"bytes/token":>13}']
-  lines += [f'{row["part"]:<12}{row["documents"]:>10,}{row["bytes"] / 1e6:>9.2f}{row["tokens"]:>12,}'
-            f'{row["bytes_per_token"]:>13.2f}' for row in rows]
-  if skipped:
-    lines.append(f'skipped {len(skipped)} files, for example {skipped[0][0]}: {skipped[0][1]}')
-  return '\n'.join(lines)
-
-
 def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
   """The model, the devices and the folder, before the first step."""
   mesh = ' x '.join(f'{name} {size}' for name, size in facts['mesh'].items())

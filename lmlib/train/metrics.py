@@ -14,6 +14,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from lmlib.terminal import Terminal, clock
+
 
 class Record:
   """One object a step in metrics.jsonl, the same figures for TensorBoard, a line on the screen.
@@ -101,41 +103,20 @@ class Board:
       self._events.close()
 
 
-class Live:
+class Live(Terminal):
   """One line, rewritten on a terminal, else now and then a new one: step, loss, tokens/s, MFU, time left."""
 
   def __init__(self, out=None, *, every: int = 20):
     """every: without a terminal, a line each so many steps."""
-    self._out, self._every, self._open = out or sys.stdout, every, False
+    super().__init__(out)
+    self._every = every
 
   def show(self, step: int, steps: int, line: dict, left: float):
-    terminal = self._out.isatty()
-    if not terminal and step % self._every and step not in (1, steps):
+    if not self._out.isatty() and step % self._every and step not in (1, steps):
       return
     mfu = f'  MFU {line["mfu"]:.1%}' if 'mfu' in line else ''
-    text = (f'step {step}/{steps}  loss {line["loss"]:.4f}  {line["tokens_per_second"]:,.0f} tokens/s{mfu}'
-            f'  {clock(left)} left')
-    self._out.write(f'\r{text}\x1b[K' if terminal else f'{text}\n')
-    self._out.flush()
-    self._open = terminal
-
-  def say(self, text: str):
-    """Prints a line of its own, above the live one."""
-    self.end()
-    self._out.write(text + '\n')
-    self._out.flush()
-
-  def end(self):
-    if self._open:
-      self._out.write('\n')
-    self._open = False
-
-
-def clock(seconds: float) -> str:
-  """12 -> '0:12', 3725 -> '1:02:05'."""
-  minutes, second = divmod(round(seconds), 60)
-  hours, minute = divmod(minutes, 60)
-  return f'{hours}:{minute:02}:{second:02}' if hours else f'{minute}:{second:02}'
+    self.line(f'step {step}/{steps}  loss {line["loss"]:.4f}  {line["tokens_per_second"]:,.0f} tokens/s{mfu}'
+              f'  {clock(left)} left')
 
 
 def peak_memory() -> int:

@@ -2,6 +2,7 @@
 import pytest
 
 from lmlib.data import store
+from lmlib.data.folder import Folder
 from lmlib.data.sources import Document
 from lmlib.data.tokenizer import SentencePiece
 
@@ -11,6 +12,14 @@ WORDS = ['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog\n', 
 def sentence(i: int) -> str:
   """Text number i: no two are alike."""
   return f'{i}: ' + ' '.join(WORDS[i * k % len(WORDS)] for k in range(1, 9 + i % 5)) + '\n'
+
+
+@pytest.fixture(autouse=True, scope='session')
+def quick_disk():
+  """Tests need not survive a loss of power: a disk that others write to would hold them up."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Folder, 'settle', lambda self: None)
+    yield
 
 
 @pytest.fixture(scope='session')
