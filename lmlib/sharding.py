@@ -6,6 +6,7 @@ in a rule (('F', ('tensor',))):
   B batch        T query position   S key position     D model width
   N query heads  K key/value heads  G query heads per key head (N = K * G)
   H head width   F hidden width     V vocabulary       E experts     L layers
+  J future token
 """
 import contextlib
 import contextvars
@@ -17,7 +18,7 @@ from flax import struct
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-ALPHABET = frozenset('BTSDNKGHFVEL')
+ALPHABET = frozenset('BTSDNKGHFVELJ')
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
 # Read top to bottom. A row applies if its mesh axes are still unused in this array and

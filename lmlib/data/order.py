@@ -1,4 +1,4 @@
-"""A keyed permutation of 0 .. n - 1 that is computed index by index, with nothing stored.
+"""A keyed permutation of 0 .. n - 1 that is computed index by index, with nothing stored; keyed random numbers.
 
 A Feistel network (Luby and Rackoff 1988) permutes the smallest power of two that holds n; an index
 that lands at n or above is sent through again until it lands below (cycle walking, Black and Rogaway
@@ -30,6 +30,22 @@ def invert(index, n: int, *, seed: int, epoch: int) -> np.ndarray:
 def draw(seed: int, epoch: int, below: int) -> int:
   """A number of 0 .. below - 1 for one epoch, independent of its permutation."""
   return int.from_bytes(hashlib.sha256(f'draw {seed} {epoch}'.encode()).digest()[:16], 'big') % below
+
+
+def row_keys(number_B, *, seed: int, stream: str) -> np.ndarray:
+  """One random key a row, uint64: a function of the row's number, the seed and the name of what draws."""
+  drawn = hashlib.sha256(f'rows {seed} {stream}'.encode()).digest()
+  return _mix(np.asarray(number_B).astype(np.uint64), np.frombuffer(drawn, '<u8', 1))
+
+
+def uniform(key_B, count: int, stream: int = 0) -> np.ndarray:
+  """`count` numbers of [0, 1) for each key, float64; number i of a key is the same whatever `count` is.
+
+  A counter-based generator (Salmon et al. 2011) with splitmix64's finaliser. `stream` numbers independent draws.
+  """
+  key_B1 = _mix(np.asarray(key_B, np.uint64).reshape(-1)[:, None], np.uint64(stream))
+  index_1N = np.arange(count, dtype=np.uint64)[None] * np.uint64(0x9E3779B97F4A7C15)
+  return (_mix(key_B1 + index_1N, key_B1) >> np.uint64(11)) * 2.0**-53
 
 
 def _walk(index, n, round_keys, rounds):

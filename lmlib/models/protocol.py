@@ -16,7 +16,8 @@ class Config(Protocol):
   def model(self) -> nn.Module:
     """The module: apply({'params': params}, tokens_BT, segments_BT, cache, dropout_B) -> (logits_BTV, cache).
 
-    Its method `hidden` returns BTD in place of logits, and `unembed` the matrix DV between the two.
+    Its method `hidden` returns BTD in place of logits, and takes positions_BT and prefix_BT after dropout_B
+    (packing.Batches); `unembed` returns the matrix DV between the two.
     """
 
   def cache(self, batch: int, length: int) -> Any:

@@ -57,3 +57,20 @@ def test_an_index_outside_is_an_error():
   for index in (-1, 10):
     with pytest.raises(ValueError, match=f'{index}.*n=10'):
       order.permute(np.array([3, index]), 10, seed=0, epoch=0)
+
+
+def test_uniform_numbers_depend_on_key_stream_and_place_alone():
+  key_B = order.row_keys(np.arange(500), seed=3, stream='masks')
+  drawn = order.uniform(key_B, 40)
+  assert drawn.min() >= 0
+  assert drawn.max() < 1
+  assert (order.uniform(key_B[7:9], 5) == drawn[7:9, :5]).all()
+  others = [order.uniform(key_B, 40, 1), order.uniform(order.row_keys(np.arange(500), seed=4, stream='masks'), 40),
+            order.uniform(order.row_keys(np.arange(500), seed=3, stream='other'), 40), drawn[::-1], drawn[:, ::-1]]
+  for other in [drawn[:-1].ravel()[:-1], *others]:
+    # Of 20,000 pairs the correlation deviates by 0.007; 4.5 of them.
+    n = min(other.size, drawn.size)
+    one = drawn.ravel()[1:n + 1] if other.size < drawn.size else drawn.ravel()
+    assert abs(np.corrcoef(one[:n], other.ravel()[:n])[0, 1]) < 0.032
+  count, _ = np.histogram(drawn, 20, (0, 1))
+  assert abs(count - 1000).max() < 4.5 * 31  # binomial of 20,000 draws

@@ -82,6 +82,20 @@ def test_documents_of_packed_rows(implementation, T):
 
 
 @pytest.mark.parametrize('implementation', ['auto', 'reference'])
+@pytest.mark.parametrize('T', [1, 21])
+def test_prefixes_are_seen_from_both_sides(implementation, T):
+  """Of documents with prefixes of any length, none and whole, and keys marked in their middle too."""
+  given, segments_BT = arrays(T, T), segments(T)
+  prefix_BS = (np.random.default_rng(2).random((B, T)) < 0.4).astype(np.int32)
+  prefix_BS[1, :T // 2] = 1
+  sees = lambda b, t, s: segments_BT[b, t] == segments_BT[b, s] and (s <= t or prefix_BS[b, s])
+  found = computed(implementation, *given, segments_BT=segments_BT, prefix_BS=prefix_BS)
+  assert_all_close(found, loops(*given, sees))
+  alone = computed(implementation, *given, prefix_BS=prefix_BS)
+  assert_all_close(alone, loops(*given, lambda b, t, s: s <= t or prefix_BS[b, s]))
+
+
+@pytest.mark.parametrize('implementation', ['auto', 'reference'])
 @pytest.mark.parametrize('T', [1, 4])
 def test_queries_after_a_cache(implementation, T):
   """Row b's queries come after its own start_B[b] keys; what lies behind them in the cache is not seen."""
@@ -132,3 +146,7 @@ def test_what_cannot_be_done_is_refused():
     kernel.attention(q, q[..., 0, :], q[..., 0, :], implementation='fast')
   with pytest.raises(ValueError, match='give one of them'):
     kernel.attention(q, k, v, start_B=np.array([0, 1]), segments_BT=segments(4))
+  with pytest.raises(ValueError, match='give one of them'):
+    kernel.attention(q, k, v, start_B=np.array([0, 1]), prefix_BS=segments(9))
+  with pytest.raises(ValueError, match=r"'blocked' has no prefix_BS.*'reference' has"):
+    kernel.attention(q, k[:, :4], v[:, :4], prefix_BS=segments(4), implementation='blocked')
