@@ -27,7 +27,7 @@ def main(*, workdir: str, source: TextFiles, layout=sharding.Layout(), length: i
   They are read in windows of `length` tokens (None: the model's longest), `stride` apart (None: half).
   """
   folder = pathlib.Path(workdir)
-  model = cli.arguments(pretrain.main, [folder / 'config.gin'])['model']
+  model = cli.saved(pretrain.main, workdir)['model']
   tokenizer = Tokenizer.load(folder / 'tokenizer.model')
   length = model.length if length is None else length
   stride = max(1, length // 2) if stride is None else stride

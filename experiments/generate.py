@@ -22,7 +22,7 @@ def main(*, workdir: str, prompts: tuple, layout=sharding.Layout(), new: int = 2
          top_k: int | None = None, seed: int = 0):
   """Prints each prompt and up to `new` tokens after it, from the newest checkpoint in `workdir`."""
   folder = pathlib.Path(workdir)
-  model = cli.arguments(pretrain.main, [folder / 'config.gin'])['model']
+  model = cli.saved(pretrain.main, workdir)['model']
   tokenizer = Tokenizer.load(folder / 'tokenizer.model')
   with sharding.use(layout):
     params, step, _ = restore_params(folder / 'checkpoints', placed(protocol.boxed(model)))
@@ -31,4 +31,4 @@ def main(*, workdir: str, prompts: tuple, layout=sharding.Layout(), new: int = 2
                          seed=seed)
   print(f'{workdir} after step {step}')
   for prompt, row in zip(prompts, continued):
-    print(f'---- {prompt!r} is continued\n{prompt}{tokenizer.decode(row)}\n')
+    print(f'---- {prompt!r} is continued\n{prompt}{tokenizer.decode(row, continues=True)}\n')

@@ -16,8 +16,9 @@ import json
 import jax
 
 from lmlib import gin_text, sharding, trees
+from lmlib.data import objectives
+from lmlib.data import packing as packings
 from lmlib.data.loader import Loader
-from lmlib.data.packing import Batches
 from lmlib.data.prepare import prepare
 from lmlib.eval import perplexity, report
 from lmlib.models import protocol
@@ -30,12 +31,14 @@ from lmlib.train.workdir import Workdir
 
 
 def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0,
-         loss=losses.NextToken(), length: int | None = None, microbatches: int = 1,
-         save_every: int = 100, keep: int = 2, prompts: tuple = ('import ', 'class ', 'def read(')):
+         packing=packings.Split(), objective=objectives.CAUSAL, loss=losses.NextToken(), length: int | None = None,
+         microbatches: int = 1, save_every: int = 100, keep: int = 2,
+         prompts: tuple = ('import ', 'class ', 'def read(')):
   """Trains `model` on `data` for `steps` steps of `batch` rows of `length` tokens (None: the model's length).
 
-  Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written; the last
-  `keep` stay. At the end the model is scored on the held-out documents and continues each of `prompts`.
+  `data` is a corpus or a mixture of several; `packing` fills rows with documents, `objective` says what of
+  them is predicted. Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written;
+  the last `keep` stay. At the end the model is scored on the held-out documents and continues each of `prompts`.
   """
   config = gin_text.gin_text('experiments.pretrain.main', locals())
   length = model.length if length is None else length
@@ -46,25 +49,29 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     mesh = stack.enter_context(sharding.use(layout))
     loop.check(steps=steps, batch=batch, microbatches=microbatches, length=length, longest=model.length,
                save_every=save_every, keep=keep, seed=seed)
-    if model.vocab != data.vocab:
+    if model.vocab != (needed := objectives.vocabulary(objective, data.vocab)):
+      more = '' if needed == data.vocab else f' and the special ids of the objective go up to {needed - 1}'
       raise ValueError(f'the model has vocab={model.vocab}, but the tokenizer of the data has '
-                       f'pieces={data.vocab}: they must be equal')
+                       f'pieces={data.vocab}{more}: they must be equal{more and f", vocab={needed}"}')
     transformation = optimizer.transformation(sharding.letters(protocol.boxed(model)), steps)
     shapes = step_of.shapes(model, transformation)
     run = stack.enter_context(Workdir(workdir))
-    run.check({'model': model, 'optimizer': optimizer, 'loss': loss, 'batch': batch, 'length': length,
-               'seed': seed})
+    run.check({'model': model, 'optimizer': optimizer, 'loss': loss, 'packing': packing,
+               'objective': objective, 'batch': batch, 'length': length, 'seed': seed})
     folder = run.path
 
     # What it reads.
     prepared = prepare(data, say=live.say)
+    if prepared.held_out is None:
+      raise ValueError(f'{prepared.train.path} was prepared with held_out=None: there is nothing to score on')
     run.check({'data': prepared.train.fingerprint})
-    tokenizer, batches = prepared.tokenizer, Batches(prepared.train, batch, length, seed)
+    tokenizer = prepared.tokenizer
+    batches = packings.Batches(prepared.train, batch, length, seed, packing, objective, model.vocab)
     ids = [[tokenizer.bos, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     if (longest := max(map(len, ids), default=0)) >= model.length:
       raise ValueError(f'prompts: the longest has {longest} tokens, which leaves no room for an answer in '
                        f"the model's length={model.length}")
-    live.say(report.data_table(prepared.rows, prepared.skipped))
+    live.say(prepared.table())
 
     # What it starts from.
     checkpoints = Checkpoints(folder / 'checkpoints', keep=keep, say=live.say)
@@ -101,12 +108,15 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     stack.enter_context(health.stopping('stopped after training, which is saved: '
                                         'run the same command for the report'))
     live.say('scoring the held-out documents and writing the report')
+    if getattr(objective, 'in_place', False):
+      live.say(f'what follows scores next tokens, of which {type(objective).__name__} has taught nothing')
     held_out = prepared.held_out
     score = perplexity.score(model, state.params, held_out.scored(), length=length,
                              stride=max(1, length // 2))
     continued = generate(model, state.params, ids, new=min(200, model.length - longest), eos=tokenizer.eos,
                          temperature=0.7, seed=seed) if ids else []
-    samples = [(prompt, tokenizer.decode(row)) for prompt, row in zip(prompts, continued)]
+    continued = [[i for i in row if i < tokenizer.vocab] for row in continued]  # special ids are no text
+    samples = [(prompt, tokenizer.decode(row, continues=True)) for prompt, row in zip(prompts, continued)]
     others = perplexity.compressors([held_out.text(i).encode() for i in range(held_out.documents)])
     done = report.write(folder, score=score, others=others, samples=samples, facts=facts)
     live.say(report.closing(done, folder))

@@ -80,6 +80,14 @@ def arguments(main, gin_files=(), bindings=()) -> dict:
   return reader.settings.arguments(main)
 
 
+def saved(main, workdir: str) -> dict:
+  """The arguments of main() in the run that `workdir` holds. ValueError if it holds none."""
+  config = pathlib.Path(workdir).expanduser() / 'config.gin'
+  if not config.is_file():
+    raise ValueError(f'WORKDIR {workdir!r} holds no run: there is no {config}')
+  return arguments(main, [config])
+
+
 def quiet():
   """Keeps the noise of dependencies off the screen, and what XLA compiles on disk for the next run.
 

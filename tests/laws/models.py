@@ -10,6 +10,8 @@ CONFIGS = {
     'dense': dense.Config(vocab=61, layers=2, width=32, hidden=48, heads=4, kv_heads=2, head_width=8, length=32),
     'dense untied': dense.Config(vocab=61, layers=3, width=32, hidden=48, heads=2, kv_heads=2, head_width=8,
                                  length=32, tied=False),
+    'dense bigrams': dense.Config(vocab=61, layers=2, width=32, hidden=48, heads=2, kv_heads=2, head_width=8,
+                                  length=32, tied=False, bigrams=97),
 }
 
 
