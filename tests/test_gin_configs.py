@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from lmlib import cli, sharding, trees
+from lmlib.data.prepare import Stored
 from lmlib.models import protocol
 from lmlib.train import step as step_of
 
@@ -16,8 +17,11 @@ ROOT = cli.GIN_CONFIGS
 LEAVES = sorted(path.name for path in ROOT.glob('*.gin'))
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob('*.gin'))
 MACROS = {'MODEL', 'DATA', 'OPTIMIZER', 'LAYOUT', 'STEPS', 'BATCH', 'WORKDIR', 'SEED'}
-OWN = {'GLOB', 'FIELD', 'PROMPTS', 'NEW'}  # what to read or continue, which no file can know
-GIVEN = ("GLOB = 'texts/*.txt'",)  # what a user must say, to files that require it
+OWN = {'GLOB', 'FIELD', 'FOLDER', 'SPLIT', 'TASK', 'MODULE', 'PROMPTS', 'NEW',
+       'PATH', 'STEP', 'ROW'}  # what to read or continue, which no file can know
+GIVEN = ("GLOB = 'texts/*.txt'", "FOLDER = 'data/set'", "TASK = 'task'", "MODULE = 'my_tasks'",
+         "PATH = 'data/prepared'")  # what a user must say, to files that require it
+ON_THE_COMMAND_LINE = ('meshes/fsdp.gin', 'data/data_folder.gin', 'data/seqio_task.gin')  # behind a leaf
 PARAMETERS = {'3m': 3_000_000, '124m': 124_000_000}
 
 leaves = pytest.mark.parametrize('leaf', LEAVES)
@@ -37,9 +41,10 @@ def with_includes(name: str) -> str:
 
 def arguments(leaf: str, *more: str) -> tuple:
   """main() of the experiment that a leaf sets up, and the arguments that it and `more` files give."""
-  experiment = re.search(r'^(\w+)\.main:', with_includes(leaf), re.MULTILINE)[1]
+  experiment = re.search(r'^(?:experiments\.)?(\w+)\.main:', with_includes(leaf), re.MULTILINE)[1]
   main = importlib.import_module(f'experiments.{experiment}').main
-  given = [binding for binding in GIVEN if f'{binding.split()[0]} = %gin.REQUIRED' in with_includes(leaf)]
+  said = '\n'.join(map(with_includes, (leaf, *more)))
+  given = [binding for binding in GIVEN if f'{binding.split()[0]} = %gin.REQUIRED' in said]
   return main, cli.arguments(main, [leaf, *more], given)
 
 
@@ -68,7 +73,8 @@ def test_what_a_leaf_says_can_be_built(leaf):
   forms = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
   assert forms(after) == forms(before)
   assert {'loss', 'grad_norm', 'finite'} <= metrics.keys()
-  assert values['data'].tokenizer.pieces == model.vocab, 'the tokenizer and the model disagree'
+  if not isinstance(values['data'], Stored):  # whose vocabulary is that of what is there
+    assert values['data'].vocab == model.vocab, 'the tokenizer and the model disagree'
 
 
 @leaves
@@ -76,6 +82,12 @@ def test_a_leaf_may_be_given_after_another_mesh(leaf):
   for mesh in sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'meshes').glob('*.gin')):
     if '%LAYOUT' in with_includes(leaf):
       assert arguments(leaf, mesh)[1]['layout'].mesh().size == 8
+
+
+@pytest.mark.parametrize('data', ON_THE_COMMAND_LINE[1:])
+def test_the_quickstart_may_be_given_other_data(data):
+  source = arguments('quickstart.gin', data)[1]['data'].source
+  assert type(source).__name__ == {'data_folder': 'DataFolder', 'seqio_task': 'Seqio'}[pathlib.Path(data).stem]
 
 
 @pytest.mark.parametrize('name', [name for name in FILES if name.startswith('models/')])
@@ -110,5 +122,5 @@ def test_there_are_eight_macros_and_what_to_read():
 
 def test_every_file_is_used():
   used = {included for leaf in LEAVES for included in includes(leaf)}
-  alone = {name for name in FILES if '/' in name} - used - {'meshes/fsdp.gin'}
-  assert not alone, f'{alone} belong to no leaf'  # fsdp.gin is given on the command line
+  alone = {name for name in FILES if '/' in name} - used - {*ON_THE_COMMAND_LINE}
+  assert not alone, f'{alone} belong to no leaf'

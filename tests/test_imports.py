@@ -9,12 +9,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # A package may import those of its own row and of the rows above.
 ORDER = [
-    {'sharding', 'trees', 'gin_text'}, {'kernels', 'data', 'optim', 'quant'}, {'nn'}, {'models'}, {'train'},
+    {'sharding', 'trees', 'gin_text', 'terminal'}, {'kernels', 'data', 'optim', 'quant'}, {'nn'}, {'models'}, {'train'},
     {'serve'}, {'post'}, {'eval'}, {'interop', 'plan'}, {'cli'}, {'experiments'}]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 APART = [{'kernels', 'data', 'optim', 'quant'}, {'interop', 'plan'}]  # of one row, and strangers all the same
 KNOW_NO_ARCHITECTURE = {'train', 'serve', 'post', 'eval', 'plan'}
-ONLY_INSIDE_FUNCTIONS = {'torch', 'transformers', 'tensorflow', 'seqio', 'tensorflow_datasets'}
+ONLY_INSIDE_FUNCTIONS = {'torch', 'transformers', 'tensorflow', 'seqio', 'tensorflow_datasets', 'pyarrow', 'tokenizers',
+                         'tiktoken', 'jinja2', 'apache_beam',
+                         'datasketch', 'ftfy', 'py3langid'}  # these take a second or read a model
 FILES = sorted([*(ROOT / 'lmlib').rglob('*.py'), *(ROOT / 'experiments').glob('*.py')])
 
 
@@ -126,14 +128,15 @@ def test_lmlib_is_imported_at_once():
 def test_training_from_a_store_needs_neither_tensorflow_nor_gin():
   assert fresh(
       'import sys\n'
-      'from lmlib.data import loader, packing, prepare\n'
+      'from lmlib.data import beam, chat, fertility, loader, packing, preparation, prepare, sources, tasks\n'
+      'from lmlib.data import tokenizer, vocabulary\n'
       'from lmlib.eval import perplexity, report\n'
       'from lmlib.models import dense\n'
       'from lmlib.optim import muon\n'
       'from lmlib.plan import chips, cost\n'
       'from lmlib.serve import generate\n'
       'from lmlib.train import checkpoint, loop, losses, metrics, step, workdir\n'
-      'heavy = "tensorflow", "seqio", "torch", "transformers", "gin"\n'
+      'heavy = "tensorflow", "seqio", "torch", "transformers", "gin", "apache_beam", "pyarrow"\n'
       'print([m for m in heavy if m in sys.modules])') == '[]'
 
 

@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import sys
+import warnings
 import zlib
 
 from etils import epath
@@ -196,6 +197,8 @@ def _steps(directory) -> list[int]:
 def _hush():
   """Keeps off the screen what orbax says of failures: they reach the caller as exceptions, in one line."""
   logging.getLogger('absl').addFilter(_not_orbax)
+  # When one of many writes fails orbax forgets those that had not begun.
+  warnings.filterwarnings('ignore', r"coroutine '.*write_fragment' was never awaited", RuntimeWarning)
   logging.getLogger('asyncio').addFilter(_not_forgotten)
   if not hasattr(sys.unraisablehook, 'before_checkpoints'):
     before = sys.unraisablehook

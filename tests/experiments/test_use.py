@@ -34,3 +34,17 @@ def test_evaluate_scores_the_held_out_documents_as_the_report_did(finished, envi
   found = json.loads(out.splitlines()[-1])
   assert found['bits_per_byte'] == pytest.approx(report['bits_per_byte'], rel=1e-5)
   assert found['compressors_bits_per_byte'] == report['compressors_bits_per_byte']
+
+
+def test_explain_shows_a_row_of_the_run(finished, environment):
+  out = run(environment, 'explain', WORKDIR=str(finished.workdir), STEP=2, ROW=1)
+  assert out.startswith('row 1 of step 2 is row ')
+  assert '\x1b' not in out, 'no colours where there is no terminal'
+
+
+@pytest.mark.parametrize('experiment', ['generate', 'explain'])
+def test_a_folder_without_a_run_is_named(environment, tmp_path, experiment):
+  done = subprocess.run([sys.executable, ROOT / f'experiments/{experiment}.py', f'--gin_file={experiment}.gin',
+                         f'--gin_bindings=WORKDIR = "{tmp_path}"'], text=True, capture_output=True, env=environment)
+  said = f"WORKDIR '{tmp_path}' holds no run: there is no {tmp_path}/config.gin\n"
+  assert (done.returncode, done.stderr) == (2, said)
