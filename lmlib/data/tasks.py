@@ -34,7 +34,7 @@ from lmlib.data.chat import Chat, messages_of, pair_of
 from lmlib.data.files import text_of
 from lmlib.data.sources import Document
 from lmlib.data.tokenizer import Tokenizer
-from lmlib.data.vocabulary import vocabulary
+from lmlib.data.vocabulary import load_quietly, vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Seqio:
     return provider.get_rate(task) if hasattr(provider, 'get_rate') else 1.0
 
   def _provider(self):
+    load_quietly()
     import seqio
     if self.module is not None:
       try:
@@ -88,6 +89,7 @@ class Seqio:
     return seqio.get_mixture_or_task(self.name)
 
   def _tasks(self):
+    load_quietly()
     import seqio
     tasks = sorted(seqio.get_subtasks(self._provider()), key=lambda task: task.name)
     for task in tasks:
@@ -111,6 +113,7 @@ class Seqio:
       yield from self._shard(known[part], part)
 
   def _shard(self, task, part: str) -> Iterator[tuple[str, str]]:
+    load_quietly()
     import seqio
     import tensorflow as tf
     index, shards = map(int, part.rpartition('/')[2].split(' of '))
@@ -191,6 +194,7 @@ def add_tfds(name: str, data_set: str, tokenizer: Tokenizer, *, targets: str = '
 
   `targets` and `inputs` are its fields; `splits` maps names to its own, such as {'train': 'train[:90%]'}.
   """
+  load_quietly()
   import seqio
   keys = {'targets': targets} | ({'inputs': inputs} if inputs else {})
   source = seqio.TfdsDataSource(tfds_name=data_set, tfds_data_dir=data_dir, splits=splits)
@@ -202,6 +206,7 @@ def add_tfds(name: str, data_set: str, tokenizer: Tokenizer, *, targets: str = '
 
 def add_mixture(name: str, rates: Mapping[str, float]):
   """Registers a mixture of registered tasks, or mixtures, by their rates. The mixture comes back."""
+  load_quietly()
   import seqio
   if not rates or min(rates.values()) <= 0:
     raise ValueError(f'rates={dict(rates)} of the mixture {name} must be positive, one at least')
@@ -227,12 +232,14 @@ def _example(chat, form, record, where, tokenizer, shift) -> dict:
 
 
 def _text_features(tokenizer, shift, *names):
+  load_quietly()
   import seqio
   return {name: seqio.Feature(vocabulary(tokenizer, shift=shift)) for name in names}
 
 
 def _token_features(tokenizer, shift, **weights):
   """Features of tokens that are made already, and of the weights that go with them."""
+  load_quietly()
   import seqio
   import tensorflow as tf
   found = {}
@@ -244,6 +251,7 @@ def _token_features(tokenizer, shift, **weights):
 
 def _add(name, splits, read, features, metrics):
   """Registers what `read` makes of sources: text, to be tokenised, or tokens, with weights beside them."""
+  load_quietly()
   import seqio
   texts = all(feature.add_eos for feature in features.values())
   steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos] if texts else []
@@ -255,6 +263,7 @@ def _add(name, splits, read, features, metrics):
 @functools.cache
 def _source_class():
   """The seqio.DataSource of lmlib's sources: its shards are their parts."""
+  load_quietly()
   import seqio
   import tensorflow as tf
 

@@ -1,5 +1,9 @@
 """A tokeniser as a `seqio.Vocabulary`, for tasks. TensorFlow is loaded when one is made, not before."""
+import contextlib
 import functools
+import os
+import sys
+import tempfile
 
 import numpy as np
 
@@ -22,6 +26,38 @@ def vocabulary(tokenizer: Tokenizer, *, shift: int = 0):
   if shift and not text_at_0:
     raise ValueError(f'shift={shift} has no use: id 0 of this tokenizer is no text and can be padding')
   return _vocabulary_class()(tokenizer, shift)
+
+
+@functools.cache
+def load_quietly():
+  """Loads seqio and TensorFlow without what their C++ prints on the way, and with no GPU: those are JAX's.
+
+  TensorFlow, left alone, takes all the memory of a GPU. Does nothing if it is loaded already.
+  """
+  if 'tensorflow' not in sys.modules:
+    with _standard_error_aside():
+      import seqio  # noqa: F401
+      import tensorflow as tf
+      tf.config.set_visible_devices([], 'GPU')
+      tf.constant(0)  # looks for devices now
+
+
+@contextlib.contextmanager
+def _standard_error_aside():
+  """Keeps standard error, also of C++, off the screen; shows it after all if the block fails."""
+  sys.stderr.flush()
+  screen = os.dup(2)
+  with tempfile.TemporaryFile() as aside:
+    os.dup2(aside.fileno(), 2)
+    try:
+      yield
+    except BaseException:
+      aside.seek(0)
+      os.write(screen, aside.read())
+      raise
+    finally:
+      os.dup2(screen, 2)
+      os.close(screen)
 
 
 @functools.cache
