@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.devices import fake_devices
 from tests.experiments.conftest import ROOT
 
 STEPS = 20
@@ -24,7 +25,7 @@ def losses(tmp_path_factory, texts, environment):
              *(f'sharding.Layout.{axis} = {size}' for axis, size in layout.items())]
     done = subprocess.run([sys.executable, ROOT / 'experiments/pretrain.py', '--gin_file=quickstart.gin',
                            *(f'--gin_bindings={binding}' for binding in given)], text=True, capture_output=True,
-                          env=environment | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'})
+                          env=environment | {'XLA_FLAGS': fake_devices(devices)})
     assert (done.returncode, done.stderr) == (0, '')
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
     return np.array([json.loads(line)['loss'] for line in lines])

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.devices import fake_devices
 from tests.experiments.conftest import Command, begun, until
 
 STEPS = 60
@@ -158,7 +159,7 @@ def test_more_steps_go_on_from_a_finished_run(finished, command):
 
 
 def test_devices_layout_microbatches_scan_and_remat_may_change_on_the_way(finished, again):
-  again.environment = again.environment | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+  again.environment = again.environment | {'XLA_FLAGS': fake_devices(4),
                                            'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}  # compiles sooner
   status, _, err = again.run('sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2',
                              'sharding.Layout.tensor = 2', 'pretrain.main.microbatches = 2',
