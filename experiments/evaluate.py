@@ -26,7 +26,7 @@ def main(*, workdir: str, source: TextFiles, layout=sharding.Layout(), length: i
 
   They are read in windows of `length` tokens (None: the model's longest), `stride` apart (None: half).
   """
-  folder = pathlib.Path(workdir)
+  folder = pathlib.Path(workdir).expanduser()
   model = cli.saved(pretrain.main, workdir)['model']
   tokenizer = Tokenizer.load(folder / 'tokenizer.model')
   length = model.length if length is None else length

@@ -9,6 +9,8 @@ from lmlib import cli
 if __name__ == '__main__':
   cli.run(__file__)
 
+import json
+import pathlib
 import sys
 
 from experiments import pretrain
@@ -23,6 +25,11 @@ def main(*, workdir: str, step: int, row: int = 0):
     raise ValueError(f'STEP={step} must be at least 1, the first step of a run')
   run = cli.saved(pretrain.main, workdir)
   model, length = run['model'], run['length']
-  batches = Batches(prepare(run['data'], say=print).train, run['batch'], model.length if length is None else length,
-                    run['seed'], run['packing'], run['objective'], model.vocab)
+  train = prepare(run['data'], say=print).train
+  known = json.loads((pathlib.Path(workdir).expanduser() / 'manifest.json').read_text())['identity']['data']
+  if train.fingerprint != known:
+    raise ValueError(f'WORKDIR {workdir!r} was trained on other data than its source gives now: there {known}, '
+                     f'here {train.fingerprint}')
+  batches = Batches(train, run['batch'], model.length if length is None else length, run['seed'], run['packing'],
+                    run['objective'], model.vocab)
   print(explain(batches, step - 1, row, colours=sys.stdout.isatty()))

@@ -21,7 +21,7 @@ from lmlib.train.step import placed
 def main(*, workdir: str, prompts: tuple, layout=sharding.Layout(), new: int = 200, temperature: float = 0.7,
          top_k: int | None = None, seed: int = 0):
   """Prints each prompt and up to `new` tokens after it, from the newest checkpoint in `workdir`."""
-  folder = pathlib.Path(workdir)
+  folder = pathlib.Path(workdir).expanduser()
   model = cli.saved(pretrain.main, workdir)['model']
   tokenizer = Tokenizer.load(folder / 'tokenizer.model')
   with sharding.use(layout):

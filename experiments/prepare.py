@@ -43,4 +43,5 @@ def main(*, data, path: str, engine=workers.Local(), examples: bool = False):
       terminal.say(report.table())
     terminal.say(f'prepared    {path}\n'
                  f'next        python experiments/pretrain.py --gin_file=pretrain_stored.gin '
-                 f"--gin_bindings='PATH = \"{path}\"'")
+                 f"--gin_bindings='PATH = \"{path}\"' "
+                 f"--gin_bindings='dense.Config.vocab = {prepared.tokenizer.vocab}'")

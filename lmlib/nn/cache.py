@@ -22,7 +22,6 @@ class Cache:
   def length(self) -> int:
     return self.k_LBSKH.shape[2]
 
-
   def last(self) -> jax.Array:
     """B int32: the token of each row's last filled position, -1 where none is."""
     at_B1 = jnp.maximum(self.used_B - 1, 0)[:, None]

@@ -1,7 +1,7 @@
 """Rotary positions (Su et al. 2021): pairs of a head's entries turn by an angle that grows with position.
 
-The angles depend on positions alone, so a model makes their sines once for all its layers: on a CPU a
-sine costs as much as a hundred products.
+The angles depend on positions alone, so a model makes their sines once for all its layers: on a CPU
+they take longer than the turning.
 """
 import jax.numpy as jnp
 

@@ -2,9 +2,11 @@ import json
 
 import pytest
 
-from lmlib.data import fertility, tokenizer_training
+from lmlib.data import fertility, store, tokenizer_training
+from lmlib.data.sources import Document
 from lmlib.data.tokenizer import ByteLevelBpe, Bytes, SentencePiece, Tokenizer
 from lmlib.data.tokenizer_formats import PATTERNS
+from tests.data import prose
 
 ENGLISH = ['the cat sat on the mat, and the dog lay by the door.\n' * 3, 'dogs do not read; cats do.\n']
 CHINESE = ['\u732b\u5750\u5728\u57ab\u5b50\u4e0a\uff0c\u72d7\u8eba\u5728\u95e8\u8fb9\u3002\n' * 3,
@@ -116,3 +118,12 @@ def test_the_file_of_a_trained_one_is_all_that_is_needed(tmp_path):
   assert (loaded.fingerprint, loaded.bos, loaded.eos, loaded.marks) == (
       made.fingerprint, 1, 2, {'bos': '<|bos|>', 'eos': '<|eos|>'})
   assert loaded.specials['<|im_start|>'].id == 3
+
+
+def test_fertility_of_a_store_goes_by_language(tmp_path):
+  texts = [prose.ENGLISH] * 60 + [prose.CHINESE] * 39 + ['12 345 6789']  # the last in no language, and rare
+  kept = store.write(tmp_path / 'store', (Document(str(i), text) for i, text in enumerate(texts)), Bytes().train())
+  rows = fertility.of_store(kept, documents=100)
+  assert [(row.language, row.documents) for row in rows] == [('en', 60), ('zh', 39), ('other', 1)]
+  assert rows[1].bytes == 39 * len(prose.CHINESE.encode())
+  assert sum(row.documents for row in fertility.of_store(kept, documents=10)) == 10

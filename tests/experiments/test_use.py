@@ -1,5 +1,6 @@
 """What a finished run is good for: generating and evaluating, as the closing summary says."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -40,6 +41,18 @@ def test_explain_shows_a_row_of_the_run(finished, environment):
   out = run(environment, 'explain', WORKDIR=str(finished.workdir), STEP=2, ROW=1)
   assert out.startswith('row 1 of step 2 is row ')
   assert '\x1b' not in out, 'no colours where there is no terminal'
+
+
+def test_explain_refuses_other_data_than_the_run_had(finished, environment, tmp_path):
+  shutil.copytree(finished.workdir, tmp_path / 'run')
+  manifest = tmp_path / 'run' / 'manifest.json'
+  facts = json.loads(manifest.read_text())
+  facts['identity']['data'] = 'of before'
+  manifest.write_text(json.dumps(facts))
+  done = subprocess.run([sys.executable, ROOT / 'experiments/explain.py', '--gin_file=explain.gin',
+                         f'--gin_bindings=WORKDIR = "{tmp_path}/run"'], text=True, capture_output=True, env=environment)
+  assert done.returncode == 2
+  assert 'was trained on other data than its source gives now: there of before, here' in done.stderr
 
 
 @pytest.mark.parametrize('experiment', ['generate', 'explain'])
