@@ -247,9 +247,11 @@ def test_killed_and_interrupted_the_same_command_goes_on(texts):
   while not pathlib.Path('here.partial/tokenize').is_dir():
     assert process.poll() is None, process.communicate()
     time.sleep(0.01)
+  process.send_signal(signal.SIGSTOP)  # so that it cannot finish while it is looked at
   with pytest.raises(ValueError, match=rf'is being written by another process \(process {process.pid} on '):
     preparation.write(Corpus(TextFiles('text/*.txt'), FEW), 'here')
   process.send_signal(signal.SIGINT)
+  process.send_signal(signal.SIGCONT)
   out, err = process.communicate()
   assert process.returncode == 75
   assert err == 'stopped; what is done lies in here.partial: run the same command again to go on\n'
