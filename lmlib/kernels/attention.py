@@ -1,62 +1,161 @@
-"""Attention (Vaswani et al. 2017): softmax(q k' / sqrt(H)) v over the keys a query may see.
+"""Attention (Vaswani et al. 2017): softmax(scale q k' + bias) v over the keys a query may see.
 
-  out[b,t,k,g,:] = sum_s p[s] v[b,s,k,:],   p = softmax_s(q[b,t,k,g,:] . k[b,s,k,:] / sqrt(H))
+  score[b,k,g,t,s] = cap(scale q[b,t,k,g,:] . k[b,s,k,:]) + slope[k,g] (place[s] - place[t]) + bias[b,k,g,t,s]
+  out[b,t,k,g,:] = sum_s p[s] v[b,s,k,:],   p[s] = exp(score[s]) / (exp(sink[k,g]) + sum_s' exp(score[s']))
 
-A query at index t sees the keys s <= t of its own document and, wherever they are, those marked as its prefix.
-G query heads share one key head (Ainslie et al. 2023). Scores and softmax are float32.
+G query heads share one key head (Ainslie et al. 2023). cap(x) = c tanh(x / c) (Gemma 2, 2024); slopes are those
+of ALiBi (Press et al. 2022), a bias is that of T5 (Raffel et al. 2020), sinks are those of GPT-OSS (2025). Scores
+and softmax are float32. A query that sees nothing gets zeros.
 """
+import dataclasses
+
+from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmlib.kernels import attention_blocked
 
 
-def attention(q_BTKGH, k_BSKH, v_BSKH, *, segments_BT=None, start_B=None, prefix_BS=None, implementation: str = 'auto'):
-  """Causal attention, BTKGH like q.
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+  """Who sees whom by place alone, and how scores are made: what a layer's attention has fixed.
 
-  segments_BT: number of the document of every position (packed rows); needs T = S.
-  prefix_BS: 1 where a key is seen by every query of its document, earlier ones too; needs T = S.
-  start_B: index of each row's first query among its S keys (a cache); None means 0 and T = S.
-  implementation: a name of IMPLEMENTATIONS; 'auto' is 'blocked' where T = S without a start or a prefix,
-  which is training, else 'reference'. ValueError if the one asked for cannot do the case.
+  A row of `chunk` places in one layer and a `stride` of as many in the next are axial attention (Ho et al. 2019)
+  over a sequence that is folded into lines.
+  """
+  causal: bool = True  # a query sees its own place and those before
+  window: int | None = None  # only places less than this far away (Beltagy et al. 2020)
+  chunk: int | None = None  # only places of its own block of so many (Child et al. 2019)
+  stride: int | None = None  # only places a multiple of this away
+  softcap: float | None = None  # scores lie between -softcap and softcap
+  scale: float | None = None  # of scores; None: 1 / sqrt(H)
+
+  def __post_init__(self):
+    for name in ('window', 'chunk', 'stride'):
+      value = getattr(self, name)
+      if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f'attention.Pattern.{name}={value!r} must be a positive number of places; None: all')
+    for name in ('softcap', 'scale'):
+      value = getattr(self, name)
+      if value is not None and not value > 0:
+        raise ValueError(f'attention.Pattern.{name}={value!r} must be positive; None turns it off')
+
+  @property
+  def local(self) -> bool:
+    return self.window is not None or self.chunk is not None
+
+  def seen(self, place_BT1, place_B1S):
+    """Which keys a query sees, from the places of both; a key at a negative place is none."""
+    away = place_BT1 - place_B1S
+    seen_BTS = (place_B1S >= 0) & (place_BT1 >= 0)
+    if self.causal:
+      seen_BTS &= away >= 0
+    if self.window is not None:
+      seen_BTS &= abs(away) < self.window
+    if self.chunk is not None:
+      seen_BTS &= place_BT1 // self.chunk == place_B1S // self.chunk
+    if self.stride is not None:
+      seen_BTS &= away % self.stride == 0
+    return seen_BTS
+
+  def mean_keys(self, length: int) -> float:
+    """How many keys a query sees, mean over a sequence of `length` places."""
+    place_T, reach, chunk = np.arange(length), (self.window or length) - 1, self.chunk or length
+    first_T = np.maximum(place_T - reach, place_T // chunk * chunk)
+    last_T = place_T if self.causal else np.minimum(place_T + reach, place_T // chunk * chunk + chunk - 1)
+    before_T, after_T = place_T - np.maximum(first_T, 0), np.minimum(last_T, length - 1) - place_T
+    return float((before_T // (self.stride or 1) + after_T // (self.stride or 1) + 1).mean())
+
+
+@struct.dataclass
+class Rows:
+  """Who sees whom in the rows of a batch, beyond their layer's Pattern. None where a row says nothing of it."""
+  place_BT: jax.Array | None = None  # of the queries: their index in the row; None: 0 .. T - 1
+  place_BS: jax.Array | None = None  # of the keys, negative where there is none; None: 0 .. S - 1
+  segment_BT: jax.Array | None = None  # document of each query in a packed row: it sees keys of the same
+  segment_BS: jax.Array | None = None  # of each key; None: as segment_BT
+  prefix_BS: jax.Array | None = None  # 1 where a key is seen from everywhere in its document
+
+
+def attention(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern = Pattern(), rows: Rows = Rows(), *, slope_KG=None,
+              bias_BKGTS=None, sink_KG=None, implementation: str = 'auto'):
+  """Attention, BTKGH like q; the H of v may be another.
+
+  implementation: a name of IMPLEMENTATIONS; 'auto' is 'blocked' where that can do the case, which is causal
+  training on plain or packed rows, else 'reference'. ValueError if the one asked for cannot do the case.
   """
   T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
-  if start_B is None and T != S:
-    raise ValueError(f'{T} queries and {S} keys need start_B, the index of the first query among the keys')
-  if segments_BT is not None and start_B is not None:
-    raise ValueError('segments_BT numbers documents of packed rows, start_B is for a cache: give one of them')
-  if prefix_BS is not None and start_B is not None:
-    raise ValueError('prefix_BS marks keys of whole rows, start_B is for a cache: give one of them')
+  if T != S and rows.place_BT is rows.place_BS is None and (pattern.causal or pattern.local or pattern.stride):
+    raise ValueError(f'{T} queries and {S} keys need their places in Rows')
+  lacking = _lacking(q_BTKGH, v_BSKH, pattern, rows, slope_KG, bias_BKGTS, sink_KG)
   if implementation == 'auto':
-    implementation = 'blocked' if start_B is None and prefix_BS is None else 'reference'
+    implementation = 'reference' if lacking else 'blocked'
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'attention implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}')
   if implementation == 'blocked':
-    if start_B is not None:
-      raise ValueError("attention implementation='blocked' has no start_B (a cache); 'reference' has")
-    if prefix_BS is not None:
-      raise ValueError("attention implementation='blocked' has no prefix_BS; 'reference' has")
-    return attention_blocked.attention(q_BTKGH, k_BSKH, v_BSKH, segments_BT)
-  return reference(q_BTKGH, k_BSKH, v_BSKH, segments_BT=segments_BT, start_B=start_B, prefix_BS=prefix_BS)
+    if lacking:
+      raise ValueError(f"attention implementation='blocked' cannot do {', '.join(lacking)}; 'reference' can")
+    if pattern.scale is not None:
+      q_BTKGH = q_BTKGH * jnp.asarray(pattern.scale * q_BTKGH.shape[-1]**0.5, q_BTKGH.dtype)
+    return attention_blocked.attention(q_BTKGH, k_BSKH, v_BSKH, rows.segment_BT)
+  return reference(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, slope_KG=slope_KG, bias_BKGTS=bias_BKGTS, sink_KG=sink_KG)
 
 
-def reference(q_BTKGH, k_BSKH, v_BSKH, *, segments_BT=None, start_B=None, prefix_BS=None):
+def _lacking(q_BTKGH, v_BSKH, pattern: Pattern, rows: Rows, slope_KG, bias_BKGTS, sink_KG) -> list[str]:
+  """What of a case 'blocked' cannot do."""
+  cases = {'both directions': not pattern.causal, 'a window': pattern.window, 'a chunk': pattern.chunk,
+           'a stride': pattern.stride, 'a softcap': pattern.softcap, 'slopes': slope_KG is not None,
+           'a bias': bias_BKGTS is not None, 'sinks': sink_KG is not None, 'a prefix': rows.prefix_BS is not None,
+           'places (a cache)': rows.place_BT is not None or rows.place_BS is not None,
+           'segments of keys': rows.segment_BS is not None,
+           'other numbers of queries and keys': v_BSKH.shape[1] != q_BTKGH.shape[1]}
+  return [case for case, there in cases.items() if there]
+
+
+def reference(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern = Pattern(), rows: Rows = Rows(), *, slope_KG=None,
+              bias_BKGTS=None, sink_KG=None):
   """The equation above, word for word; all scores in memory."""
   T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
-  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
-  score_BKGTS = jnp.where(mask(T, S, segments_BT, start_B, prefix_BS)[:, None, None], score_BKGTS, -jnp.inf)
-  prob_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
+  scale = H**-0.5 if pattern.scale is None else pattern.scale
+  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+  if pattern.softcap is not None:
+    score_BKGTS = pattern.softcap * jnp.tanh(score_BKGTS / pattern.softcap)
+  if slope_KG is not None:
+    place_BT1, place_B1S = places(T, S, rows)
+    score_BKGTS += slope_KG[None, :, :, None, None] * (place_B1S - place_BT1)[:, None, None]
+  if bias_BKGTS is not None:
+    score_BKGTS += bias_BKGTS
+  score_BKGTS = jnp.where(mask(T, S, pattern, rows)[:, None, None], score_BKGTS, -jnp.inf)
+  most_BKGT1 = score_BKGTS.max(-1, keepdims=True)
+  if sink_KG is not None:
+    sink_BKGT1 = sink_KG.astype(jnp.float32)[None, :, :, None, None]
+    most_BKGT1 = jnp.maximum(most_BKGT1, sink_BKGT1)
+  most_BKGT1 = jax.lax.stop_gradient(jnp.where(jnp.isfinite(most_BKGT1), most_BKGT1, 0))
+  prob_BKGTS = jnp.exp(score_BKGTS - most_BKGT1)
+  sum_BKGT1 = prob_BKGTS.sum(-1, keepdims=True)
+  if sink_KG is not None:
+    sum_BKGT1 += jnp.exp(sink_BKGT1 - most_BKGT1)
+  prob_BKGTS = (prob_BKGTS / jnp.where(sum_BKGT1 == 0, 1, sum_BKGT1)).astype(v_BSKH.dtype)
   return jnp.einsum('BKGTS,BSKH->BTKGH', prob_BKGTS, v_BSKH)
 
 
-def mask(T: int, S: int, segments_BT=None, start_B=None, prefix_BS=None):
+def places(T: int, S: int, rows: Rows) -> tuple[jax.Array, jax.Array]:
+  """The places of queries, BT1, and of keys, B1S (B is 1 if all rows are alike)."""
+  place_BT = jnp.arange(T)[None] if rows.place_BT is None else rows.place_BT
+  place_BS = jnp.arange(S)[None] if rows.place_BS is None else rows.place_BS
+  return place_BT[:, :, None], place_BS[:, None, :]
+
+
+def mask(T: int, S: int, pattern: Pattern = Pattern(), rows: Rows = Rows()):
   """Which keys a query sees, BTS (B is 1 if all rows are alike)."""
-  index_BT = jnp.arange(T)[None] + (jnp.zeros((1, 1), jnp.int32) if start_B is None else start_B[:, None])
-  seen_BTS = jnp.arange(S)[None, None] <= index_BT[..., None]
-  if prefix_BS is not None:
-    seen_BTS |= prefix_BS[:, None] > 0
-  if segments_BT is not None:
-    seen_BTS &= segments_BT[:, :, None] == segments_BT[:, None, :]
+  place_BT1, place_B1S = places(T, S, rows)
+  seen_BTS = pattern.seen(place_BT1, place_B1S)
+  if rows.prefix_BS is not None:
+    seen_BTS |= (rows.prefix_BS[:, None] > 0) & dataclasses.replace(pattern, causal=False).seen(place_BT1, place_B1S)
+  if rows.segment_BT is not None:
+    segment_BS = rows.segment_BT if rows.segment_BS is None else rows.segment_BS
+    seen_BTS &= rows.segment_BT[:, :, None] == segment_BS[:, None, :]
   return seen_BTS
 
 

@@ -1,6 +1,6 @@
 """Cross-entropy of next tokens straight from hidden states, without all logits in memory.
 
-  logits[t,v] = x[t,:] . w[:,v],   lse[t] = log sum_v exp(logits[t,v])
+  logits[t,v] = cap(x[t,:] . w[:,v]),   lse[t] = log sum_v exp(logits[t,v]),   cap(x) = c tanh(x / c) if c is given
   nats = sum_t weight[t] (lse[t] - logits[t, target[t]])
   total = nats + z_loss sum_t weight[t] lse[t]^2          (z-loss of PaLM, Chowdhery et al. 2022)
 
@@ -16,18 +16,19 @@ import jax.numpy as jnp
 CHUNK = 512  # positions at once, all rows of the batch together
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(x_BTD, w_DV, targets_BT, weight_BT, z_loss: float | None = None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(x_BTD, w_DV, targets_BT, weight_BT, z_loss: float | None = None, softcap: float | None = None):
   """(total, nats, correct): float32 sums over all positions. Only `total` has a gradient, for x and w.
 
   `correct` is the weight of the positions whose target has the highest logit.
   """
-  return _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, gradients=False)[0]
+  return _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap, gradients=False)[0]
 
 
-def reference(x_BTD, w_DV, targets_BT, weight_BT, z_loss: float | None = None):
+def reference(x_BTD, w_DV, targets_BT, weight_BT, z_loss: float | None = None, softcap: float | None = None):
   """The equations above, all logits in memory; differentiable as it stands."""
   logits_BTV = jnp.einsum('BTD,DV->BTV', x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+  logits_BTV = logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
   lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
   target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
   nats = ((lse_BT - target_BT) * weight_BT).sum()
@@ -35,7 +36,7 @@ def reference(x_BTD, w_DV, targets_BT, weight_BT, z_loss: float | None = None):
   return total, nats, ((target_BT == logits_BTV.max(-1)) * weight_BT).sum()
 
 
-def _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, *, gradients: bool):
+def _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap, *, gradients: bool):
   """((total, nats, correct), (dx_BTD, dw_DV) or None)."""
   B, T, _ = x_BTD.shape
   size = max(1, min(T, CHUNK // B))
@@ -50,6 +51,7 @@ def _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, *, gradients: bool):
     sums, dw_DV = carry
     x_BTD, targets_BT, weight_BT = part
     logits_BTV = jnp.einsum('BTD,DV->BTV', x_BTD, w_DV, preferred_element_type=jnp.float32)
+    logits_BTV = logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
     most_BT1 = logits_BTV.max(-1, keepdims=True)
     raised_BTV = jnp.exp(logits_BTV - most_BT1)
     sum_BT1 = raised_BTV.sum(-1, keepdims=True)
@@ -64,6 +66,8 @@ def _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, *, gradients: bool):
     slope_BT = weight_BT if z_loss is None else weight_BT * (1 + 2 * z_loss * lse_BT)
     hit_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
     dlogits_BTV = raised_BTV * (slope_BT[..., None] / sum_BT1) - jnp.where(hit_BTV, weight_BT[..., None], 0)
+    if softcap is not None:
+      dlogits_BTV *= 1 - (logits_BTV / softcap)**2
     dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
     dx_BTD = jnp.einsum('BTV,DV->BTD', dlogits_BTV, w_DV)
     x_MD, dlogits_MV = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, dlogits_BTV))  # sums over one axis are faster
@@ -78,11 +82,11 @@ def _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, *, gradients: bool):
   return sums, (dx.swapaxes(0, 1).reshape(B, count * size, -1)[:, :T], dw_DV.astype(dtype))
 
 
-def _forward(x_BTD, w_DV, targets_BT, weight_BT, z_loss):
-  return _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, gradients=True)
+def _forward(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap):
+  return _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap, gradients=True)
 
 
-def _backward(z_loss, gradients, slopes):
+def _backward(z_loss, softcap, gradients, slopes):
   dx_BTD, dw_DV = gradients
   return (slopes[0] * dx_BTD).astype(dx_BTD.dtype), (slopes[0] * dw_DV).astype(dw_DV.dtype), None, None
 

@@ -22,26 +22,27 @@ def arrays():
           random.integers(0, V, (B, T), np.int32), weight_BT.astype(np.float32))
 
 
-def loops(x_BTD, w_DV, targets_BT, weight_BT, z_loss):
+def loops(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap=1e30):
   """((total, nats, correct), (dx, dw) of total), in float64."""
   x_BTD, w_DV, weight_BT = (y.astype(np.float64) for y in (x_BTD, w_DV, weight_BT))
   total = nats = correct = 0.0
   dx_BTD, dw_DV = np.zeros_like(x_BTD), np.zeros_like(w_DV)
   for b, t in np.ndindex(B, T):
-    logits_V = x_BTD[b, t] @ w_DV
+    logits_V = softcap * np.tanh(x_BTD[b, t] @ w_DV / softcap)
     lse, target, weight = np.log(np.exp(logits_V).sum()), targets_BT[b, t], weight_BT[b, t]
     nats += weight * (lse - logits_V[target])
     total += weight * (lse - logits_V[target] + z_loss * lse**2)
     correct += weight * (logits_V.argmax() == target)
     slope_V = weight * ((1 + 2 * z_loss * lse) * np.exp(logits_V - lse) - np.eye(V)[target])
+    slope_V *= 1 - (logits_V / softcap)**2
     dx_BTD[b, t] = w_DV @ slope_V
     dw_DV += np.outer(x_BTD[b, t], slope_V)
   return (total, nats, correct), (dx_BTD, dw_DV)
 
 
-def computed(function, given, z_loss):
+def computed(function, given, *settings):
   def loss(x_BTD, w_DV):
-    sums = function(x_BTD, w_DV, *given[2:], z_loss)
+    sums = function(x_BTD, w_DV, *given[2:], *settings)
     return sums[0], sums
 
   gradients, sums = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*given[:2])
@@ -49,11 +50,11 @@ def computed(function, given, z_loss):
 
 
 @chunked
-@pytest.mark.parametrize('z_loss', [None, Z_LOSS])
-def test_sums_and_gradients(function, chunk, z_loss, monkeypatch):
+@pytest.mark.parametrize('settings', [(None,), (Z_LOSS,), (Z_LOSS, 2.0)])
+def test_sums_and_gradients(function, chunk, settings, monkeypatch):
   monkeypatch.setattr(kernel, 'CHUNK', chunk)
-  sums, gradients = computed(function, arrays(), z_loss)
-  sums_, gradients_ = loops(*arrays(), z_loss or 0.0)
+  sums, gradients = computed(function, arrays(), *settings)
+  sums_, gradients_ = loops(*arrays(), settings[0] or 0.0, *settings[1:])
   # float32 sums of 30 positions of 19 logits.
   np.testing.assert_allclose(sums, sums_, rtol=1e-5)
   for name, a, b in zip(('dx', 'dw'), gradients, gradients_):
