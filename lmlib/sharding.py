@@ -6,7 +6,9 @@ in a rule (('F', ('tensor',))):
   B batch        T query position   S key position     D model width
   N query heads  K key/value heads  G query heads per key head (N = K * G)
   H head width   F hidden width     V vocabulary       E experts     L layers
-  J future token
+  J future token C choice         M token with an expert
+  R latent of keys and values      Q latent of queries  P rotary width    W value width
+  I interval of distances          U kind of token, as of a first and a second sentence
 """
 import contextlib
 import contextvars
@@ -18,7 +20,7 @@ from flax import struct
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-ALPHABET = frozenset('BTSDNKGHFVELJ')
+ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIU')
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
 # Read top to bottom. A row applies if its mesh axes are still unused in this array and

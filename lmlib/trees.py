@@ -79,15 +79,16 @@ def layer(leaf, index: int = 0):
   return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
 
 
-def checksum(x) -> jax.Array:
+def checksum(x, start=0) -> jax.Array:
   """A uint32 of the bits of x and of where they are; the same on any number of devices.
 
+  Of rows of an array, of which entry `start` is the first, it is their share of the array's checksum.
   sum over i of mix(bits[i] + (index[i] + 1) * odd) modulo 2**32. mix is a bijection, so that any one
   changed number is noticed; a permutation or a shift is missed with a chance of 2**-32. Integer
   sums do not depend on their order, so sharding does not matter.
   """
   # Odd constants of the MurmurHash3 finaliser (Appleby 2011) and of the golden ratio.
-  index = jnp.ones(x.shape, jnp.uint32)
+  index = jnp.full(x.shape, 1 + jnp.asarray(start, jnp.uint32))
   for axis in range(x.ndim):
     stride = math.prod(x.shape[axis + 1:]) % 2**32
     index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride)

@@ -1,18 +1,65 @@
-"""Self-attention with grouped heads and rotary positions, around the kernel that attends."""
+"""Self-attention with grouped heads, around the kernel that attends."""
+import dataclasses
+import functools
+
 from flax import linen as nn
+import jax
+import jax.numpy as jnp
 
 from lmlib import sharding
 from lmlib.kernels import attention as kernel
-from lmlib.nn import cache, layers
+from lmlib.kernels.attention import Pattern, Rows
+from lmlib.nn import layers
+from lmlib.nn.places import Places
 from lmlib.nn.positions import rotate
+
+QK_NORMS = (None, 'head', 'all')
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionStyle:
+  bias: str = ''  # which projections have one: any of the letters q, k, v and o, in this order
+  qk_norm: str | None = None  # RMSNorm of queries and keys: of each 'head' (Qwen 3) or of 'all' at once (OLMo 2)
+  patterns: tuple[Pattern, ...] = (Pattern(),)  # layer l has patterns[l % how many]
+  sinks: bool = False  # a learned score of seeing nothing, a head (GPT-OSS)
+
+  def __post_init__(self):
+    if self.bias not in (allowed := ('', 'qkv', 'qkvo', 'qv', 'qvo', 'o')):
+      raise ValueError(f'AttentionStyle.bias={self.bias!r} must be one of {allowed}')
+    if self.qk_norm not in QK_NORMS:
+      raise ValueError(f'AttentionStyle.qk_norm={self.qk_norm!r} must be one of {QK_NORMS}')
+    if not self.patterns:
+      raise ValueError('AttentionStyle.patterns is empty: give at least one Pattern')
+
+  @property
+  def kinds(self) -> tuple[Pattern, ...]:
+    """The patterns that differ."""
+    return tuple(dict.fromkeys(self.patterns))
+
+  def kind(self, layer):
+    """Which of the kinds a layer, a number or an array of it, has."""
+    return jnp.asarray([self.kinds.index(pattern) for pattern in self.patterns])[layer % len(self.patterns)]
+
+  @property
+  def window(self) -> int | None:
+    """How far back any layer looks; None: to the beginning."""
+    windows = [pattern.window or pattern.chunk for pattern in self.patterns]
+    return None if None in windows else max(windows)
+
+  def flops(self, layers: int, length: int, width: int) -> float:
+    """FLOPs a token of scores and weighted sums of `width` entries, all heads together, mean over a sequence."""
+    keys = [self.patterns[layer % len(self.patterns)].mean_keys(length) for layer in range(layers)]
+    return 2 * 2 * width * sum(keys)
 
 
 class Attention(nn.Module):
-  """Causal self-attention. `kv`, a layer's (k_BSKH, v_BSKH), makes it decode; None trains."""
+  """Self-attention. `kv`, a layer's (k_BSKH, v_BSKH), makes it decode; None trains."""
   width: int
   heads: int
   kv_heads: int
   head_width: int
+  style: AttentionStyle = AttentionStyle()
+  epsilon: float = 1e-6  # of QK norm
   out_scale: float = 1.0
 
   @property
@@ -20,24 +67,69 @@ class Attention(nn.Module):
     return dict(D=self.width, K=self.kv_heads, G=self.heads // self.kv_heads, H=self.head_width)
 
   @nn.compact
-  def __call__(self, x_BTD, turns, segments_BT=None, kv=None, used_B=None, prefix_BT=None):
-    """Returns attention of x, BTD, and kv with the keys and values of x put in after the first used_B.
+  def __call__(self, x_BTD, places: Places, kind=0, kv=None):
+    """Returns attention of x, BTD, and kv with the keys and values of x in it.
 
-    turns: of positions.turns(), the angles of the positions of x.
-    prefix_BT: 1 where every query of the document sees the key, not only the later ones; without kv only.
+    kind: which of style.kinds this layer has, where there are several.
     """
-    w = lambda *args: layers.weight(self, *args).astype(x_BTD.dtype)
-    q_BTKGH = layers.product('BTD,DKGH->BTKGH', x_BTD, w('q', 'DKGH', 'D'))
-    k_BTKH = layers.product('BTD,DKH->BTKH', x_BTD, w('k', 'DKH', 'D'))
-    v_BTKH = layers.product('BTD,DKH->BTKH', x_BTD, w('v', 'DKH', 'D'))
-    B, T, K, G, H = q_BTKGH.shape
-    q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), turns).reshape(B, T, K, G, H)
-    k_BTKH = rotate(k_BTKH, turns)
+    q_BTKGH = self.into(x_BTD, 'q', 'KGH')
+    k_BTKH, v_BTKH = self.into(x_BTD, 'k', 'KH'), self.into(x_BTD, 'v', 'KH')
+    q_BTKGH, k_BTKH = self.normed(q_BTKGH, 'q_norm'), self.normed(k_BTKH, 'k_norm')
+    if places.turns:
+      B, T, K, G, H = q_BTKGH.shape
+      turns = self.of_kind(places.turns, kind)
+      q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), turns).reshape(B, T, K, G, H)
+      k_BTKH = rotate(k_BTKH, turns)
+    seen, rows = (k_BTKH, v_BTKH), places.rows
+    if kv is not None:
+      coming = places.coming
+      seen, kv = coming.join(kv, seen)
+      rows = rows.replace(place_BS=coming.places_BS)
+      if coming.fresh and not any(pattern.chunk or pattern.stride for pattern in self.style.kinds):
+        rows = Rows(segment_BT=coming.real_BT)  # the same, and blocked attention can do it
+    out_BTKGH = sharding.constrain(self.attended(q_BTKGH, seen, rows, places, kind), 'BTKGH')
+    return self.out(out_BTKGH), kv
 
-    if kv is None:
-      out_BTKGH = kernel.attention(q_BTKGH, k_BTKH, v_BTKH, segments_BT=segments_BT, prefix_BS=prefix_BT)
-    else:
-      kv = tuple(cache.put(old, new, used_B) for old, new in zip(kv, (k_BTKH, v_BTKH)))
-      out_BTKGH = kernel.attention(q_BTKGH, *kv, start_B=used_B)
-    out_BTKGH = sharding.constrain(out_BTKGH, 'BTKGH')
-    return layers.product('BTKGH,KGHD->BTD', out_BTKGH, w('out', 'KGHD', 'KGH', self.out_scale)), kv
+  def out(self, out_BTKGH):
+    """What the heads read, projected into the stream, BTD."""
+    out_KGHD = layers.weight(self, 'out', 'KGHD', 'KGH', self.out_scale).astype(out_BTKGH.dtype)
+    y_BTD = layers.product('BTKGH,KGHD->BTD', out_BTKGH, out_KGHD)
+    if 'o' in self.style.bias:
+      y_BTD += layers.bias(self, 'out_bias', 'D').astype(y_BTD.dtype)[None, None]
+    return y_BTD
+
+  def into(self, x_BTD, name: str, axes: str):
+    """The projection `name` of x, BT and `axes`."""
+    # Scores start at size one, whatever they are multiplied by.
+    scale = self.head_width**-0.5 / (self.style.patterns[0].scale or self.head_width**-0.5) if name == 'q' else 1.0
+    w = layers.weight(self, name, f'D{axes}', 'D', scale).astype(x_BTD.dtype)
+    y = layers.product(f'BTD,D{axes}->BT{axes}', x_BTD, w)
+    if name in self.style.bias:
+      y += layers.bias(self, f'{name}_bias', axes).astype(x_BTD.dtype)[None, None]
+    return y
+
+  def normed(self, x, name: str):
+    """Queries or keys after the norm that the style asks for."""
+    if self.style.qk_norm is None:
+      return x
+    if self.style.qk_norm == 'head':
+      return layers.RmsNorm(self.epsilon, axes='H', name=name)(x)
+    axes = 'KGH' if x.ndim == 5 else 'KH'
+    return layers.RmsNorm(self.epsilon, axes=axes, name=name)(x)
+
+  def of_kind(self, turns, kind):
+    """The angles of this layer: local layers may have their own."""
+    local = [min(int(pattern.local), len(turns) - 1) for pattern in self.style.kinds]
+    if len(set(local)) == 1:
+      return turns[local[0]]
+    return jax.tree.map(lambda *both: jnp.stack(both)[jnp.asarray(local)[kind]], *turns)
+
+  def attended(self, q_BTKGH, seen, rows, places: Places, kind):
+    """What the heads read, BTKGH, by the pattern of this layer's kind."""
+    sink_KG = layers.bias(self, 'sink_bias', 'KG') if self.style.sinks else None
+    attend = lambda pattern, q, kv: kernel.attention(
+        q, *kv, pattern, rows, slope_KG=places.slope_KG, bias_BKGTS=places.bias_BKGTS, sink_KG=sink_KG)
+    branches = [functools.partial(attend, pattern) for pattern in self.style.kinds]
+    if len(branches) == 1:
+      return branches[0](q_BTKGH, seen)
+    return jax.lax.switch(kind, branches, q_BTKGH, seen)

@@ -39,10 +39,10 @@ def row(tokens_BT, before_BT, rows: int) -> jax.Array:
 
 
 def before(tokens_BT, segments_BT=None, last_B=None) -> jax.Array:
-  """The token before each, -1 where its document begins; last_B is the one before the first column."""
+  """The token before each. last_B, or -1, comes before the first column and where another segment begins."""
   first_B1 = jnp.full_like(tokens_BT[:, :1], -1) if last_B is None else last_B[:, None]
   before_BT = jnp.concatenate([first_B1, tokens_BT[:, :-1]], axis=1)
   if segments_BT is None:
     return before_BT
   begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], [(0, 0), (1, 0)])
-  return jnp.where(begins_BT, -1, before_BT)
+  return jnp.where(begins_BT, first_B1, before_BT)

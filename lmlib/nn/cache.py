@@ -1,4 +1,10 @@
-"""What decoding remembers: the keys and values of every layer, and the tokens, for rows of different lengths."""
+"""What decoding remembers of every layer, and the tokens, for rows of different lengths.
+
+A layer's arrays are what its attention keeps of each place: keys and values, or less. Place p of a row lies in
+slot p, or in slot p modulo their number where layers see no further back than that (a ring).
+"""
+from typing import Any
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -6,29 +12,102 @@ import jax.numpy as jnp
 
 @struct.dataclass
 class Cache:
-  """Keys and values already seen. Row b has used_B[b] of the S positions filled."""
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
+  """What row b knows of its first used_B[b] places."""
+  layers: Any  # arrays LBS..., such as (k_LBSKH, v_LBSKH), or a list of L times BS... (stack.Apart)
   used_B: jax.Array
-  tokens_BS: jax.Array  # what the positions hold
+  tokens_BS: jax.Array  # what the places hold; their number is the cache's length
+  slots: int = struct.field(pytree_node=False)  # places that are kept; fewer than the length: the last ones
+  fresh: bool = struct.field(pytree_node=False)  # nothing is in it: the next tokens see only each other
 
   @classmethod
-  def empty(cls, *, layers: int, batch: int, length: int, kv_heads: int, head_width: int, dtype) -> 'Cache':
-    shape = (layers, batch, length, kv_heads, head_width)
-    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32),
-               jnp.zeros((batch, length), jnp.int32))
+  def empty(cls, shapes, *, layers: int, batch: int, length: int, dtype, window: int | None = None) -> 'Cache':
+    """An empty cache for `batch` rows of `length` places; `shapes` are those of a place in a layer's arrays.
+
+    window: no layer sees further back than so many places, which is all that is kept.
+    """
+    slots = length if window is None else min(window, length)
+    arrays = tuple(jnp.zeros((layers, batch, slots, *shape), dtype) for shape in shapes)
+    return cls(arrays, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, length), jnp.int32), slots, fresh=True)
 
   @property
   def length(self) -> int:
-    return self.k_LBSKH.shape[2]
+    return self.tokens_BS.shape[1]
+
+  @property
+  def ring(self) -> bool:
+    return self.slots < self.length
 
   def last(self) -> jax.Array:
-    """B int32: the token of each row's last filled position, -1 where none is."""
+    """B int32: the token of each row's last filled place, -1 where none is."""
     at_B1 = jnp.maximum(self.used_B - 1, 0)[:, None]
     return jnp.where(self.used_B > 0, jnp.take_along_axis(self.tokens_BS, at_B1, axis=1)[:, 0], -1)
 
+  def coming(self, T: int, real_BT=None) -> 'Coming':
+    """Where the next T tokens of every row go; those where real_BT is 0 are padding and go nowhere."""
+    if real_BT is None:
+      place_BT = self.used_B[:, None] + jnp.arange(T)[None]
+    else:
+      count_BT = jnp.cumsum(real_BT > 0, axis=1)
+      place_BT = jnp.where(real_BT > 0, self.used_B[:, None] + count_BT - 1, -1)
+    used_B = jnp.maximum(self.used_B, place_BT.max(1) + 1)
+    before_BS, after_BS = held(self.used_B, self.slots), held(used_B, self.slots)
+    return Coming(place_BT, real_BT, before_BS, after_BS, used_B, self.slots, self.ring, self.fresh)
 
-def put(old_BSKH, new_BTKH, used_B):
-  """Writes T new entries into each row, from that row's own first free position on."""
-  write = lambda old, new, used: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), used, axis=0)
-  return jax.vmap(write)(old_BSKH, new_BTKH, used_B)
+  def after(self, layers, tokens_BT, coming: 'Coming') -> 'Cache':
+    """The cache with these tokens and what the layers keep of them."""
+    slot_BT = jnp.where(coming.place_BT >= 0, coming.place_BT, self.length)
+    return Cache(layers, coming.used_B, put(self.tokens_BS, tokens_BT, slot_BT), self.slots, fresh=False)
+
+
+@struct.dataclass
+class Coming:
+  """New tokens of a cache and where they and the old ones stand; the same for all layers."""
+  place_BT: jax.Array  # of the new tokens, -1 for padding
+  real_BT: jax.Array | None  # 0 for padding; None: there is none
+  before_BS: jax.Array  # place that each slot held, -1 for none
+  after_BS: jax.Array  # place that each slot holds with the new ones in
+  used_B: jax.Array
+  slots: int = struct.field(pytree_node=False)
+  ring: bool = struct.field(pytree_node=False)
+  fresh: bool = struct.field(pytree_node=False)
+
+  def put(self, old, new):
+    """A layer's arrays BS... with the new entries BT... in."""
+    slot_BT = jnp.where(self.place_BT >= 0, self.place_BT, self.slots)
+    if self.ring:  # of more tokens than slots the last stay
+      kept_BT = (self.place_BT >= 0) & (self.place_BT >= self.used_B[:, None] - self.slots)
+      slot_BT = jnp.where(kept_BT, self.place_BT % self.slots, self.slots)
+    return jax.tree.map(lambda old, new: put(old, new, slot_BT), old, new)
+
+  def join(self, old, new):
+    """(what the queries of the new tokens may look at, BS... arrays at places_BS; a layer's arrays afterwards)."""
+    after = self.put(old, new)
+    if self.fresh:
+      return new, after
+    if self.pushes:
+      return jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1), old, new), after
+    return after, after
+
+  @property
+  def pushes(self) -> bool:
+    """Whether the first of the new tokens may see what the last of them push out."""
+    return self.ring and self.place_BT.shape[1] > 1
+
+  @property
+  def places_BS(self) -> jax.Array:
+    """The places of what join() gives to look at, negative for none."""
+    if self.fresh:
+      return self.place_BT
+    return jnp.concatenate([self.before_BS, self.place_BT], 1) if self.pushes else self.after_BS
+
+
+def held(used_B, slots: int) -> jax.Array:
+  """BS: the place that each slot holds once used_B places are filled, negative for none."""
+  last_B1 = used_B[:, None] - 1
+  return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
+
+
+def put(old_BS, new_BT, slot_BT):
+  """Writes T new entries of each row into its slots; a slot beyond the last is nowhere."""
+  row_B1 = jnp.arange(old_BS.shape[0])[:, None]
+  return old_BS.at[row_B1, slot_BT].set(new_BT.astype(old_BS.dtype), mode='drop')

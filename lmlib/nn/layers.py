@@ -1,7 +1,7 @@
-"""The one door through which weights enter a model, norms, dropout and the embedding.
+"""The one door through which weights enter a model, products with them, norms and dropout.
 
 Weights are stored in float32 and cast to the activations' type where they are used; norms
-run in float32 (Zhang and Sennrich 2019 for RMSNorm).
+run in float32 (Ba et al. 2016 for LayerNorm, Zhang and Sennrich 2019 for RMSNorm).
 """
 import math
 
@@ -23,6 +23,12 @@ def weight(module: nn.Module, name: str, axes: str, fan_in: str, scale: float = 
   return module.param(name, lambda key: Lettered(deviation * jax.random.normal(key, shape, jnp.float32), axes))
 
 
+def bias(module: nn.Module, name: str, axes: str) -> jax.Array:
+  """A float32 bias of `module`, zeros at first; its name must end in '_bias', which is its kind to an optimizer."""
+  shape = tuple(module.sizes[a] for a in axes)
+  return module.param(name, lambda key: Lettered(jnp.zeros(shape, jnp.float32), axes))
+
+
 def product(equation: str, x, w) -> jax.Array:
   """einsum of activations with a weight, such as ('BTD,DKGH->BTKGH', x, w), as one product of matrices.
 
@@ -41,15 +47,35 @@ def product(equation: str, x, w) -> jax.Array:
 
 
 class RmsNorm(nn.Module):
-  """x / rms(x) * scale over the last axis, in float32, returned in the type of x."""
+  """x / rms(x) * scale over the last axes, in float32, returned in the type of x."""
   epsilon: float = 1e-6
+  axes: str = 'D'  # letters of those last axes
+
+  @nn.compact
+  def __call__(self, x):
+    over = tuple(range(x.ndim - len(self.axes), x.ndim))
+    scale = self.param('scale', lambda key: Lettered(jnp.ones(x.shape[over[0]:], jnp.float32), self.axes))
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y**2, axis=over, keepdims=True) + self.epsilon)
+    return (y * jnp.expand_dims(scale, tuple(range(over[0])))).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x - mean) / deviation * scale + bias over the last axis, in float32, returned in the type of x."""
+  epsilon: float = 1e-5
+  biased: bool = True
 
   @nn.compact
   def __call__(self, x_BTD):
-    scale_D = self.param('scale', lambda key: Lettered(jnp.ones(x_BTD.shape[-1:], jnp.float32), 'D'))
+    width = x_BTD.shape[-1:]
     y_BTD = x_BTD.astype(jnp.float32)
+    y_BTD -= jnp.mean(y_BTD, axis=-1, keepdims=True)
     y_BTD *= jax.lax.rsqrt(jnp.mean(y_BTD**2, axis=-1, keepdims=True) + self.epsilon)
-    return (y_BTD * scale_D[None, None]).astype(x_BTD.dtype)
+    scale_D = self.param('scale', lambda key: Lettered(jnp.ones(width, jnp.float32), 'D'))
+    y_BTD *= scale_D[None, None]
+    if self.biased:
+      y_BTD += self.param('bias', lambda key: Lettered(jnp.zeros(width, jnp.float32), 'D'))[None, None]
+    return y_BTD.astype(x_BTD.dtype)
 
 
 def dropout(x_BTD, keys_B, rate: float):

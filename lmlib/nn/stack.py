@@ -1,6 +1,11 @@
-"""Equal blocks one after another: one set of stacked weights, scanned or unrolled, with or without remat."""
+"""Equal blocks one after another: one set of stacked weights, scanned or unrolled, with or without remat; or apart."""
+import dataclasses
+import functools
+from typing import Any
+
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 # What the backward pass finds in memory; the rest it computes again.
 REMAT = {
@@ -9,15 +14,58 @@ REMAT = {
 }
 
 
-def stack(block: type[nn.Module], layers: int, *, scan: bool, remat: str | None, shared: int):
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How a model is run: nothing here changes its weights or, but for dropout and rounding, its numbers."""
+  dtype: str = 'float32'  # of activations; weights are float32
+  scan: bool = True  # one program for all layers; False: unrolled, which compiles longer and may run faster
+  remat: str | None = None  # what the backward pass recomputes: None, 'dots' or 'full'
+  dropout: float | None = None  # share of each block's output that training zeroes
+  apart: bool = False  # unrolled, weights and caches of every layer arrays of their own: serve/weights.py makes them
+
+  def __post_init__(self):
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise ValueError(f"Execution.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+    if self.remat not in (None, *REMAT):
+      raise ValueError(f'Execution.remat={self.remat!r} must be None or one of {sorted(REMAT)}')
+    if self.dropout is not None and not 0 < self.dropout < 1:
+      raise ValueError(f'Execution.dropout={self.dropout} must lie between 0 and 1; None turns it off')
+    if self.apart and (self.scan or self.remat is not None or self.dropout is not None):
+      raise ValueError(f'Execution.apart is for decoding; it needs scan=False, remat=None and dropout=None, not '
+                       f'scan={self.scan}, remat={self.remat!r} and dropout={self.dropout}')
+
+
+def stack(block: type[nn.Module], layers: int, execution: Execution, *, shared: int):
   """`layers` copies of `block`, called as (x, per_layer, *shared) -> (x, per_layer).
 
   Weights and per_layer trees carry a leading axis L; the last `shared` arguments go to every block
-  as they are. Unrolled (scan=False) compiles longer and sometimes runs faster; the weights,
-  and up to rounding the numbers, are the same.
+  as they are. With execution.apart they carry none: see Apart.
   """
-  if remat is not None:
-    block = nn.remat(block, policy=REMAT[remat], prevent_cse=not scan)
-  return nn.scan(block, length=layers, unroll=1 if scan else layers,
+  if execution.apart:
+    return functools.partial(Apart, block, layers)
+  if execution.remat is not None:
+    block = nn.remat(block, policy=REMAT[execution.remat], prevent_cse=not execution.scan)
+  return nn.scan(block, length=layers, unroll=1 if execution.scan else layers,
                  variable_axes={'params': 0}, split_rngs={'params': True},
                  in_axes=(0, *(nn.broadcast,) * shared), metadata_params={nn.PARTITION_NAME: 'L'})
+
+
+class Apart(nn.Module):
+  """Blocks whose weights lie under their numbers, 'blocks/0/mlp/up', so that a product reads them where they are.
+
+  Of stacked weights XLA on CPU copies a layer's before every product, which takes decoding twice the time. What a
+  cache keeps goes out as a list, a tree a layer, and comes in as one or, the first time, stacked.
+  """
+  block: type[nn.Module]
+  layers: int
+  cfg: Any
+
+  @nn.compact
+  def __call__(self, x, per_layer, *shared):
+    outs = []
+    for i in range(self.layers):
+      here = jax.tree.map(lambda leaf: leaf[i], per_layer, is_leaf=lambda leaf: isinstance(leaf, list))  # noqa: B023
+      x, out = self.block(self.cfg, name=str(i))(x, here, *shared)
+      outs.append(out)
+    kept, sums = zip(*outs)
+    return x, (None if kept[0] is None else list(kept), jax.tree.map(lambda *each: jnp.stack(each), *sums))

@@ -6,8 +6,8 @@ from lmlib.nn import positions
 
 B, T, N, H, BASE = 2, 6, 3, 8, 100.0
 POSITIONS_BT = np.array([[0, 1, 2, 3, 4, 5], [7, 0, 50, 1000, 3, 3]], np.int32)
-turned = jax.jit(lambda x_BTNH, positions_BT, base: positions.rotate(x_BTNH, positions.turns(positions_BT, H, base)),
-                 static_argnums=2)
+turned = jax.jit(lambda x_BTNH, positions_BT, base: positions.rotate(
+    x_BTNH, positions.Rope(base).turns(positions_BT, H)), static_argnums=2)
 
 
 def array(seed: int):

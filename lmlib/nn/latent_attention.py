@@ -1,0 +1,111 @@
+"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads from one small latent a token.
+
+  c = norm(x kv_down)             R entries, and r = turn(x k_turned), P entries: all that a cache keeps
+  k = (c k, r), v = c v           a head's key has H entries that do not turn and P that all heads share
+  q = (n q, turn(n q_turned))     of n = x, or of a latent n = norm(x q_down) of Q entries
+
+With a cache, scores can be taken in the latent, q' = q k', and its weighted sum go through v afterwards: the
+same numbers in another order, so that keys and values of the past are never made ("absorbed").
+"""
+import dataclasses
+
+from flax import linen as nn
+import jax.numpy as jnp
+
+from lmlib import sharding
+from lmlib.kernels import attention as kernel
+from lmlib.kernels.attention import Pattern
+from lmlib.nn import layers
+from lmlib.nn.places import Places
+from lmlib.nn.positions import rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentStyle:
+  rank: int = 512  # R
+  q_rank: int | None = None  # Q; None: queries come from x itself
+  head_width: int = 128  # H
+  turned_width: int = 64  # P
+  value_width: int = 128  # W
+  epsilon: float = 1e-6  # of the norms of latents
+  scale: float = 1.0  # of scores, beside 1 / sqrt(H + P): YaRN's (0.1 mscale log(factor) + 1)^2
+
+  def __post_init__(self):
+    for name in ('rank', 'q_rank', 'head_width', 'turned_width', 'value_width'):
+      value = getattr(self, name)
+      if (value is None and name != 'q_rank') or (value is not None and (not isinstance(value, int) or value < 1)):
+        raise ValueError(f'LatentStyle.{name}={value!r} must be a positive integer')
+    if not self.scale > 0:
+      raise ValueError(f'LatentStyle.scale={self.scale} must be positive')
+
+  @property
+  def pattern(self) -> Pattern:
+    return Pattern(scale=self.scale * (self.head_width + self.turned_width) ** -0.5)
+
+  def flops(self, layers: int, heads: int, length: int) -> float:
+    """FLOPs a token of scores and weighted sums, forward, mean over a sequence."""
+    width = self.head_width + self.turned_width + self.value_width
+    return layers * 2 * heads * width * self.pattern.mean_keys(length)
+
+  def absorbs(self, T: int, S: int) -> bool:
+    """Whether T queries of a cache with S places cost less in the latent than S keys and values cost to make."""
+    made = S * self.rank * (self.head_width + self.value_width)
+    there = T * self.rank * (self.head_width + self.value_width)
+    return there + T * S * (2 * self.rank + self.turned_width) < made + T * S * (
+        self.head_width + self.turned_width + self.value_width)
+
+
+class LatentAttention(nn.Module):
+  """`kept`, a layer's (c_BSR, r_BSP), makes it decode; None trains."""
+  width: int
+  heads: int
+  style: LatentStyle = LatentStyle()
+  out_scale: float = 1.0
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    style = self.style
+    return dict(D=self.width, K=self.heads, H=style.head_width, P=style.turned_width, W=style.value_width,
+                R=style.rank, Q=style.q_rank)
+
+  @nn.compact
+  def __call__(self, x_BTD, places: Places, kept=None):
+    """Returns attention of x, BTD, and what is kept with x in it."""
+    (turns,), dtype = places.turns, x_BTD.dtype
+    into = lambda y, name, axes: layers.product(
+        f'BT{axes[0]},{axes}->BT{axes[1:]}', y, layers.weight(self, name, axes, axes[0]).astype(dtype))
+    q_from, letter = x_BTD, 'D'
+    if self.style.q_rank is not None:
+      q_from, letter = layers.RmsNorm(self.style.epsilon, axes='Q', name='q_norm')(into(x_BTD, 'q_down', 'DQ')), 'Q'
+    q_BTKH, turned_BTKP = into(q_from, 'q', f'{letter}KH'), rotate(into(q_from, 'q_turned', f'{letter}KP'), turns)
+    c_BTR = layers.RmsNorm(self.style.epsilon, axes='R', name='kv_norm')(into(x_BTD, 'kv_down', 'DR'))
+    r_BTP = rotate(into(x_BTD, 'k_turned', 'DP')[:, :, None], turns)[:, :, 0]
+    k_RKH, v_RKW = (layers.weight(self, name, axes, 'R').astype(dtype) for name, axes in (('k', 'RKH'), ('v', 'RKW')))
+
+    seen, rows = (c_BTR, r_BTP), places.rows
+    if kept is not None:
+      seen, kept = places.coming.join(kept, seen)
+      rows = rows.replace(place_BS=places.coming.places_BS)
+    absorbed = kept is not None and self.style.absorbs(x_BTD.shape[1], seen[0].shape[1])
+    attend = self.absorbed if absorbed else self.plain
+    out_BTKW = attend((q_BTKH, turned_BTKP), seen, rows, k_RKH, v_RKW)
+    out_KWD = layers.weight(self, 'out', 'KWD', 'KW', self.out_scale).astype(dtype)
+    return layers.product('BTKW,KWD->BTD', sharding.constrain(out_BTKW, 'BTKW'), out_KWD), kept
+
+  def plain(self, q, seen, rows, k_RKH, v_RKW):
+    """Attention with the keys and values that the latents stand for, BTKW."""
+    c_BSR, r_BSP = (x.astype(k_RKH.dtype) for x in seen)
+    k_BSKH, v_BSKW = layers.product('BSR,RKH->BSKH', c_BSR, k_RKH), layers.product('BSR,RKW->BSKW', c_BSR, v_RKW)
+    r_BSKP = jnp.broadcast_to(r_BSP[:, :, None], (*k_BSKH.shape[:3], r_BSP.shape[-1]))
+    q_BTKGH = jnp.concatenate(q, -1)[:, :, :, None]
+    k_BSKH = jnp.concatenate([k_BSKH, r_BSKP], -1)
+    return kernel.attention(q_BTKGH, k_BSKH, v_BSKW, self.style.pattern, rows)[:, :, :, 0]
+
+  def absorbed(self, q, seen, rows, k_RKH, v_RKW):
+    """The same, of one key head of width R + P whose values are the latents."""
+    c_BSR, r_BSP = (x.astype(k_RKH.dtype) for x in seen)
+    q_BTKR = jnp.einsum('BTKH,RKH->BTKR', q[0], k_RKH)
+    q_BTGH = jnp.concatenate([q_BTKR, q[1]], -1)[:, :, None]
+    k_BSH = jnp.concatenate([c_BSR, r_BSP], -1)[:, :, None]
+    out_BTKR = kernel.attention(q_BTGH, k_BSH, c_BSR[:, :, None], self.style.pattern, rows)[:, :, 0]
+    return jnp.einsum('BTKR,RKW->BTKW', out_BTKR, v_RKW)
