@@ -44,6 +44,7 @@ class Tokenizer:
     self.vocab = max(self._backend.vocab, 1 + max((s.id for s in self.specials.values()), default=0))
     marks = {name: self.specials[said[name]].id for name in ('bos', 'eos') if said.get(name)}
     self._bos, self._eos = marks.get('bos', self._backend.bos), marks.get('eos', self._backend.eos)
+    self.starts: bool = self._bos is not None and said.get('starts', True)  # bos begins a prompt
     self.marks = {name: self.spelling(i) for name, i in (('bos', self._bos), ('eos', self._eos)) if i is not None}
     self._special = np.zeros(self.vocab, bool)
     self._special[[special.id for special in self.specials.values()]] = True
@@ -74,6 +75,10 @@ class Tokenizer:
   def eos(self) -> int:
     """The id that ends a document. ValueError if the tokeniser has none."""
     return self._mark('eos', self._eos)
+
+  def prompt(self, text: str) -> list[int]:
+    """The ids of a text to go on with: behind bos, unless the makers' own texts begin without."""
+    return [self.bos] * self.starts + self.encode(text).tolist()
 
   def _mark(self, name: str, mark: int | None) -> int:
     if mark is None:
@@ -119,6 +124,11 @@ class Tokenizer:
       ids += [encode(text[start:begin]), np.array([special], np.int32)]
       start, continues = stop, not self.spaces_after_specials
     return np.concatenate([*ids, encode(text[start:])])
+
+  @property
+  def spaced(self) -> bool:
+    """Whether the model puts a space before every text."""
+    return self._backend.spaced is not None
 
   @property
   def spaces_after_specials(self) -> bool:
@@ -350,23 +360,11 @@ def envelope(**said) -> bytes:
 
 def opened(model: bytes):
   """What an envelope says ({} without one) and the kind of tokeniser in it. ValueError if it is unknown."""
-  said = {'content': model, 'kind': 'sentencepiece'}
-  if model.lstrip()[:1] == b'{':
-    try:
-      said = json.loads(model)
-    except ValueError as error:
-      raise ValueError(f'not a tokenizer: damaged JSON: {error}') from error
-    if 'model' in said and 'added_tokens' in said:
-      said = {'content': model.decode(), 'kind': 'tokenizer.json'}
-    elif said.get(ENVELOPE) != 1:
-      raise ValueError(f'JSON, but neither a tokenizer.json nor a file of lmlib; it has {", ".join(said)[:100]}')
-  elif re.match(rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n', model):
-    raise ValueError("tiktoken ranks, which do not say how text is cut: use Loaded(path, pattern='cl100k')")
+  said = described(model)
   content = said.pop('content')
   match said['kind']:
     case 'sentencepiece':
-      raw = content if isinstance(content, bytes) else base64.b64decode(content)
-      return said, tokenizer_formats.SentencePieceModel(raw)
+      return said, tokenizer_formats.SentencePieceModel(content)
     case 'tokenizer.json':
       return said, tokenizer_formats.HuggingFaceJson(content)
     case 'ranks':
@@ -374,6 +372,25 @@ def opened(model: bytes):
     case 'bytes':
       return said, tokenizer_formats.PlainBytes()
   raise ValueError(f'a tokenizer of kind {said["kind"]!r}, which this lmlib does not know')
+
+
+def described(model: bytes) -> dict:
+  """The `kind` and `content` of a tokeniser's file, bytes of a SentencePiece model or text, and what else it says."""
+  if model.lstrip()[:1] == b'{':
+    try:
+      said = json.loads(model)
+    except ValueError as error:
+      raise ValueError(f'not a tokenizer: damaged JSON: {error}') from error
+    if 'model' in said and 'added_tokens' in said:
+      return {'content': model.decode(), 'kind': 'tokenizer.json'}
+    if said.get(ENVELOPE) != 1:
+      raise ValueError(f'JSON, but neither a tokenizer.json nor a file of lmlib; it has {", ".join(said)[:100]}')
+    if said['kind'] == 'sentencepiece':
+      said['content'] = base64.b64decode(said['content'])
+    return said
+  if re.match(rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n', model):
+    raise ValueError("tiktoken ranks, which do not say how text is cut: use Loaded(path, pattern='cl100k')")
+  return {'content': model, 'kind': 'sentencepiece'}
 
 
 def marked(model: bytes, said: dict, config: Loaded) -> bytes:
@@ -405,6 +422,32 @@ def marked(model: bytes, said: dict, config: Loaded) -> bytes:
   return envelope(**said)
 
 
+def published(tokenizer: Tokenizer) -> tuple[str, bytes]:
+  """The file that others know a tokeniser as: its name, and its content. ValueError for kinds of ours alone."""
+  model = tokenizer.model
+  said, backend = opened(model)
+  specials = {spelling: i for spelling, i in said.get('specials', {}).items() if spelling not in backend.specials}
+  kind = {tokenizer_formats.SentencePieceModel: 'tokenizer.model',
+          tokenizer_formats.HuggingFaceJson: 'tokenizer.json'}.get(type(backend))
+  if kind is None or (specials and kind == 'tokenizer.model'):
+    raise ValueError(f'a tokenizer of {type(backend).__name__}{" with added specials" if specials else ""} has no '
+                     'form that others read: only SentencePiece models and tokenizer.json have')
+  content = json.loads(model)['content'] if ENVELOPE in said else model
+  if kind == 'tokenizer.model':
+    return kind, content if isinstance(content, bytes) else base64.b64decode(content)
+  spec = json.loads(content)
+  spec['added_tokens'] += [
+      dict(id=i, content=spelling, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+      for spelling, i in specials.items()]
+  if tokenizer.starts:
+    bos = tokenizer.spelling(tokenizer.bos)
+    template = [{'SpecialToken': {'id': bos, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]
+    spec['post_processor'] = {
+        'type': 'TemplateProcessing', 'single': template, 'pair': [*template, {'Sequence': {'id': 'B', 'type_id': 1}}],
+        'special_tokens': {bos: {'id': bos, 'ids': [tokenizer.bos], 'tokens': [bos]}}}
+  return kind, json.dumps(spec, ensure_ascii=False).encode()
+
+
 def in_folder(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
   """Of a folder of another project the tokeniser's file, and what the files beside say of it."""
   paths = [folder / name for name in FILES if (folder / name).is_file()]
@@ -423,6 +466,17 @@ def in_folder(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
       templates = {one['name']: one['template'] for one in templates}.get('default')
     if templates:
       said['chat_template'] = templates
+    if 'bos' in said and not found.get('add_bos_token', _begins_with_special(paths[0])):
+      said['starts'] = False
   if template.is_file():
     said['chat_template'] = template.read_text(encoding='utf-8')
   return paths[0], said
+
+
+def _begins_with_special(path: pathlib.Path) -> bool:
+  """Whether a tokeniser's file puts a special before every text, as far as it says so itself."""
+  if path.suffix != '.json':
+    return True  # a SentencePiece model says nothing, and the families that publish one do
+  processor = json.loads(path.read_text(encoding='utf-8')).get('post_processor') or {}
+  templates = [part for part in processor.get('processors', [processor]) if part.get('type') == 'TemplateProcessing']
+  return any('SpecialToken' in part['single'][0] for part in templates if part['single'])

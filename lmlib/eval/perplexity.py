@@ -28,8 +28,16 @@ class Score:
     return self.nats / math.log(2) / self.bytes
 
   @property
+  def nats_per_token(self) -> float:
+    return self.nats / self.tokens
+
+  @property
   def perplexity(self) -> float:
-    return math.exp(self.nats / self.tokens)
+    return math.exp(self.nats_per_token)
+
+  def figures(self) -> dict:
+    """What a report writes down."""
+    return {'bits_per_byte': self.bits_per_byte, 'perplexity': self.perplexity, 'held_out_bytes': self.bytes}
 
 
 def score(config: protocol.Config, params, documents, *, length: int, stride: int, batch: int = 8) -> Score:

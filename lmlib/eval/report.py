@@ -4,6 +4,7 @@ import os
 import pathlib
 import statistics
 
+from lmlib.eval import held_out
 from lmlib.eval.perplexity import Score
 from lmlib.train import metrics
 
@@ -19,24 +20,29 @@ def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
           f'workdir     {folder}: {where}')
 
 
-def write(folder: pathlib.Path, *, score: Score, others: dict[str, float], samples, facts: dict) -> dict:
-  """Writes report/ (loss.png, samples.txt, summary.json); returns the figures of the summary."""
+def write(folder: pathlib.Path, *, score: Score | held_out.Score, others: dict[str, float], samples,
+          facts: dict) -> dict:
+  """Writes report/ (loss.png, samples.txt, summary.json); returns the figures of the summary.
+
+  others: bits per byte of compressors; samples: pairs of a prompt and what follows; both empty of what writes no text.
+  """
   out = folder / 'report'
   out.mkdir(exist_ok=True)
   lines = metrics.read(folder / 'metrics.jsonl')
   steady = lines[1:] or lines  # the first step compiles
-  summary = {
-      'bits_per_byte': score.bits_per_byte, 'perplexity': score.perplexity, 'held_out_bytes': score.bytes,
-      'compressors_bits_per_byte': others, 'parameters': facts['parameters'], 'steps': lines[-1]['step'],
+  beside = {'compressors_bits_per_byte': others} if others else {}
+  summary = score.figures() | beside | {
+      'parameters': facts['parameters'], 'steps': lines[-1]['step'],
       'tokens': lines[-1]['tokens'], 'loss': lines[-1]['loss'], 'seconds': sum(line['seconds'] for line in lines),
       'seconds_waited_for_data': sum(line['waited'] for line in lines),
       'seconds_saving': sum(line['saving'] for line in lines),
       'tokens_per_second': statistics.median(line['tokens_per_second'] for line in steady),
       'mfu': statistics.median(line['mfu'] for line in steady) if 'mfu' in lines[-1] else None,
       'memory_bytes': lines[-1]['memory_bytes'], 'steps_skipped': sum(not line['finite'] for line in lines)}
-  (out / 'samples.txt').write_text(''.join(
-      f'---- {prompt!r} is continued\n{prompt}{continued}\n\n' for prompt, continued in samples))
-  loss_curve(lines, out / 'loss.png', title=folder.name, held_out=score.nats / score.tokens)
+  if 'bits_per_byte' in summary:
+    (out / 'samples.txt').write_text(''.join(
+        f'---- {prompt!r} is continued\n{prompt}{continued}\n\n' for prompt, continued in samples))
+  loss_curve(lines, out / 'loss.png', title=folder.name, level=score.nats_per_token)
   fresh = out / 'summary.json.tmp'  # last, and whole: it says that the report is written
   fresh.write_text(json.dumps(summary, indent=2) + '\n')
   os.replace(fresh, out / 'summary.json')
@@ -45,29 +51,42 @@ def write(folder: pathlib.Path, *, score: Score, others: dict[str, float], sampl
 
 def closing(summary: dict, folder: pathlib.Path) -> str:
   """What came out and what to do next."""
-  rows = [('this model', summary['bits_per_byte']), *summary['compressors_bits_per_byte'].items()]
   mfu = f', MFU {summary["mfu"]:.0%}' if summary['mfu'] else ''
   skipped = f', {summary["steps_skipped"]} steps skipped as not finite' if summary['steps_skipped'] else ''
+  writes = 'bits_per_byte' in summary
   work = f"--gin_bindings='WORKDIR = \"{folder}\"'"
+  ahead = [
+      f'talk to it    python experiments/generate.py --gin_file=generate.gin {work}',
+      f'score text    python experiments/evaluate.py --gin_file=evaluate.gin {work} '
+      "--gin_bindings='GLOB = \"texts/*.txt\"'"] if writes else []
+  ahead += [
+      f'watch         tensorboard --logdir={folder}/tensorboard   (pip install tensorboard)',
+      'scale         python experiments/pretrain.py --gin_file=pretrain_dense_124m.gin',
+      'your text     python experiments/pretrain.py --gin_file=text_files.gin '
+      "--gin_bindings='GLOB = \"texts/**/*.txt\"'"]
   return '\n'.join([
       f'trained     {summary["steps"]:,} steps, {summary["tokens"]:,} tokens in {metrics.clock(summary["seconds"])}; '
       f'{summary["tokens_per_second"]:,.0f} tokens/s{mfu}{skipped}',
       f'waited      {summary["seconds_waited_for_data"]:.1f} s for data, '
       f'{summary["seconds_saving"]:.1f} s for checkpoints', '',
-      f'held out    {summary["held_out_bytes"] / 1e6:.2f} MB in whole documents, none seen in training; bits per byte',
-      *(f'            {name:<16}{value:.3f}' for name, value in rows),
-      '', f'report      {folder}/report: loss.png, samples.txt, summary.json',
-      f'next        talk to it    python experiments/generate.py --gin_file=generate.gin {work}',
-      f'            score text    python experiments/evaluate.py --gin_file=evaluate.gin {work} '
-      "--gin_bindings='GLOB = \"texts/*.txt\"'",
-      f'            watch         tensorboard --logdir={folder}/tensorboard   (pip install tensorboard)',
-      '            scale         python experiments/pretrain.py --gin_file=pretrain_dense_124m.gin',
-      '            your text     python experiments/pretrain.py --gin_file=text_files.gin '
-      "--gin_bindings='GLOB = \"texts/**/*.txt\"'"])
+      *_scored(summary), '', f'report      {folder}/report: loss.png, {"samples.txt, " if writes else ""}summary.json',
+      *(f'{"" if i else "next":<12}{line}' for i, line in enumerate(ahead))])
 
 
-def loss_curve(lines: list[dict], path: pathlib.Path, *, title: str, held_out: float | None = None):
-  """Draws the cross-entropy of every step of metrics.jsonl and its mean over 2 % of the run."""
+def _scored(summary: dict) -> list[str]:
+  """What the model made of the held-out documents."""
+  if 'bits_per_byte' in summary:
+    rows = [('this model', summary['bits_per_byte']), *summary.get('compressors_bits_per_byte', {}).items()]
+    return [f'held out    {summary["held_out_bytes"] / 1e6:.2f} MB in whole documents, none seen in training; '
+            'bits per byte', *(f'            {name:<16}{value:.3f}' for name, value in rows)]
+  return [f'held out    {summary["hidden_tokens"]:,} tokens that {summary["objective"]} hides in documents not seen '
+          f'in training, of {summary["read_tokens"]:,}; nats a hidden token',
+          f'            {"this model":<16}{summary["hidden_nats"]:.3f}   {summary["hidden_accuracy"]:.1%} are guessed',
+          f'            {"unread":<16}{summary["blind_nats"]:.3f}   by how often each token comes']
+
+
+def loss_curve(lines: list[dict], path: pathlib.Path, *, title: str, level: float | None = None):
+  """Draws the cross-entropy of every step of metrics.jsonl, its mean over 2 % of the run, and that of held-out text."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -80,8 +99,8 @@ def loss_curve(lines: list[dict], path: pathlib.Path, *, title: str, held_out: f
   wide = max(1, len(loss) // 50)
   smooth = [statistics.fmean(loss[max(0, i - wide + 1):i + 1]) for i in range(len(loss))]
   axes.plot(steps, smooth, color='#1f4e79', linewidth=1.8, label=f'mean of {wide} steps')
-  if held_out is not None:
-    axes.axhline(held_out, color='#c05020', linestyle='--', linewidth=1.2, label='held-out documents, at the end')
+  if level is not None:
+    axes.axhline(level, color='#c05020', linestyle='--', linewidth=1.2, label='held-out documents, at the end')
   axes.set(xlabel='step', ylabel='cross-entropy (nats a token)', title=f'Training loss of {title}')
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)

@@ -9,16 +9,28 @@ from lmlib import sharding
 
 
 class Config(Protocol):
-  """The numbers of an architecture: a frozen dataclass."""
+  """The numbers of an architecture: a frozen dataclass.
+
+  What follows is a decoder's. An encoder has no cache() and its model a method `encode` beside `hidden`: BTD of
+  tokens_BT, segments_BT (0 for padding), dropout_B; `hidden` is what unembed() scores the tokens of hidden places by.
+  An encoder-decoder has both: `encode` reads inputs_BS, and model and `hidden` take inputs_BS and input_segments_BS
+  after dropout_B, with a cache the first time only; attention_flops takes the number of the decoder's tokens too, and
+  of_inputs(path) says which weights multiply those of the inputs. encodes() and decodes() tell the kinds apart.
+  """
   vocab: int
   length: int  # the longest sequence, in tokens
 
   def model(self) -> nn.Module:
     """The module: apply({'params': params}, tokens_BT, segments_BT, cache, dropout_B) -> (logits_BTV, cache).
 
-    Its method `hidden` returns BTD in place of logits, and takes positions_BT and prefix_BT after dropout_B
-    (packing.Batches); `unembed` returns the matrix DV between the two.
+    With a cache segments_BT is 0 for padding, which goes nowhere. Its method `hidden` returns (x_BTD, cache, sums):
+    BTD in place of logits, and what the blocks report, L in front; it takes positions_BT and
+    prefix_BT after dropout_B (packing.Batches). `unembed` returns the matrix DV between BTD and logits.
     """
+
+  @property
+  def softcap(self) -> float | None:
+    """Logits are softcap * tanh(BTD @ DV / softcap); None: not capped."""
 
   def cache(self, batch: int, length: int) -> Any:
     """An empty cache for decoding, with a field used_B: positions filled in each row."""
@@ -27,9 +39,24 @@ class Config(Protocol):
     """FLOPs a token of what is no product with a weight, forward, mean over a sequence of `length`."""
 
 
+def decodes(config: Config) -> bool:
+  """Whether a model writes token after token: a decoder, alone or behind an encoder."""
+  return hasattr(config, 'cache')
+
+
+def encodes(config: Config) -> bool:
+  """Whether a model reads a text from both sides: an encoder, alone or before a decoder."""
+  return hasattr(config.model(), 'encode')
+
+
+def expert_share(config: Config) -> float:
+  """The share of its experts that computes a token of a model; 1 for one without a mixture of experts."""
+  return getattr(config, 'expert_share', 1.0)
+
+
 def boxed(config: Config):
   """Shapes, types and letters of the weights; nothing is computed."""
-  return jax.eval_shape(config.model().init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  return jax.eval_shape(lambda: config.model().init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))['params']
 
 
 def new(config: Config, key: jax.Array):

@@ -6,6 +6,7 @@ import jax
 
 from lmlib import sharding, trees
 from lmlib.models import protocol
+from lmlib.optim.kinds import kind, stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,20 +15,31 @@ class Flops:
 
   six_nd: 6 N, N all weights (Kaplan et al. 2020). exact: 6 for every weight that multiplies a
   token (a looked-up table does not) and 3 times the forward attention over a causal sequence
-  (PaLM, Chowdhery et al. 2022, appendix B, with the masked half left out).
+  (PaLM, Chowdhery et al. 2022, appendix B, with the masked half left out). Of weights that are one an
+  expert both count the share that computes a token, and of those of an encoder-decoder the share of its side.
   """
   six_nd: float
   exact: float
 
 
-def train_flops(config: protocol.Config, length: int) -> Flops:
-  """Training FLOPs a token of a model on sequences of `length`."""
+def train_flops(config: protocol.Config, length: int, answer: float | None = None) -> Flops:
+  """Training FLOPs a token of a model on sequences of `length`.
+
+  answer: of an encoder-decoder, how many tokens its decoder has for `length` of its encoder; a token is then one of
+  either side, and takes part in what its side computes. ValueError for one without it.
+  """
+  if (answer is None) == (sides := protocol.encodes(config) and protocol.decodes(config)):
+    raise ValueError(f'answer={answer}: the tokens of a decoder behind an encoder, and of no other, are to be given')
   boxed = protocol.boxed(config)
   weights, letters = trees.flat(nn.unbox(boxed)), trees.flat(sharding.letters(boxed))
   unembed = jax.eval_shape(lambda p: config.model().apply({'params': p}, method='unembed'), nn.unbox(boxed))
-  vectors = [name for name, axes in letters.items() if len(axes.lstrip('L')) == 1]
-  tables = [name for name, axes in letters.items() if 'V' in axes]
-  multiplied = sum(trees.count(w) for name, w in weights.items() if name not in (*vectors, *tables))
-  multiplied += trees.count(unembed)
-  return Flops(six_nd=6 * trees.count(weights), exact=6 * multiplied + 3 * config.attention_flops(length))
-
+  share = protocol.expert_share(config)
+  used = {name: trees.count(w) * (share if 'E' in letters[name][:stacked(letters[name])] else 1)
+          for name, w in weights.items()}
+  if sides:
+    of_inputs = length / (length + answer)
+    used = {name: count * (of_inputs if config.of_inputs(name) else 1 - of_inputs) for name, count in used.items()}
+  matrices = [name for name, axes in letters.items() if kind(name.rpartition('/')[2], axes) == 'matrix']
+  multiplied = sum(used[name] for name in matrices) + trees.count(unembed) * (1 - of_inputs if sides else 1)
+  attention = config.attention_flops(length, answer) if sides else config.attention_flops(length)
+  return Flops(six_nd=6 * sum(used.values()), exact=6 * multiplied + 3 * attention)

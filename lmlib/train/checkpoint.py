@@ -9,6 +9,7 @@ A checkpoint is the folder <directory>/<step>: arrays in tensorstore's OCDBT, an
 _CHECKPOINT_METADATA as JSON under 'custom_metadata' the step, the caller's `meta` and the shape,
 type and checksum of every array.
 """
+import contextlib
 import functools
 import json
 import logging
@@ -58,8 +59,7 @@ class Checkpoints:
     self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
 
   def steps(self) -> list[int]:
-    """The steps whose checkpoints are complete, oldest first."""
-    return _steps(self._directory)
+    return steps_in(self._directory)
 
   def latest(self) -> int | None:
     return max(self.steps(), default=None)
@@ -77,11 +77,10 @@ class Checkpoints:
     arrays, sums = _apart(state)
     described = {name: {'shape': list(x.shape), 'dtype': str(x.dtype), 'checksum': int(sums[name])}
                  for name, x in arrays.items()}
-    record = {'step': int(step), 'meta': _plain(meta or {}), 'arrays': described}
+    record = {'step': int(step), 'meta': plain(meta or {}), 'arrays': described}
     self._writing = step
     try:
-      self._writer.save(path, args=ocp.args.PyTreeSave(_nested(arrays)),
-                        custom_metadata=record | {'crc32': _crc32(record)})
+      self._writer.save(path, args=ocp.args.PyTreeSave(_nested(arrays)), custom_metadata=sealed(record))
     except Exception as error:
       raise self._failure(error) from error
 
@@ -136,7 +135,7 @@ class Checkpoints:
     path, last = self._directory / str(step), self.latest()
     if jax.process_index() == 0:
       self._discard(self._directory / f'{step}{PARTIAL}')
-    return OSError(f'checkpoint of step {step} could not be written to {path}: {_reason(error)}; '
+    return OSError(f'checkpoint of step {step} could not be written to {path}: {reason(error)}; '
                    + ('there is no earlier one' if last is None else f'the last good one is of step {last}'))
 
   def _sweep(self):
@@ -179,7 +178,7 @@ def restore_params(directory, abstract_params, *, say=print) -> tuple:
   ValueError as Checkpoints.restore does, and if there is no checkpoint.
   """
   directory = epath.Path(directory).expanduser().resolve()
-  steps = _steps(directory) if directory.is_dir() else []
+  steps = steps_in(directory) if directory.is_dir() else []
   for step in reversed(steps):
     try:
       tree, step, meta = _read(directory / str(step), {'params': abstract_params}, whole=False)
@@ -190,7 +189,8 @@ def restore_params(directory, abstract_params, *, say=print) -> tuple:
   raise ValueError(f'no usable checkpoint in {directory}: {why}')
 
 
-def _steps(directory) -> list[int]:
+def steps_in(directory) -> list[int]:
+  """The steps whose checkpoints are complete, oldest first."""
   return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
@@ -276,7 +276,7 @@ def _read(path, abstract, *, whole: bool = True) -> tuple:
   whole: it must hold nothing else. Raises Damaged, or ValueError if another tree is stored.
   """
   params = _params(abstract)
-  record = _agreed(lambda: _record(path))
+  record = _agreed(lambda: record_of(path))
   _fits(path, record['arrays'], trees.unstacked(abstract, params), whole)
   leaves, sums = [], {}
   # One leaf after the other, so that no more than one is in memory twice.
@@ -293,7 +293,7 @@ def _read(path, abstract, *, whole: bool = True) -> tuple:
   return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record['step'], record['meta']
 
 
-def _record(path) -> dict:
+def record_of(path) -> dict:
   """What save() wrote beside the arrays. Raises Damaged if it is missing or altered."""
   try:
     record = json.loads((path / RECORD).read_text())['custom_metadata']
@@ -301,7 +301,7 @@ def _record(path) -> dict:
   except FileNotFoundError:
     raise Damaged(f'{RECORD} is missing') from None
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise Damaged(f'{RECORD} is unreadable: {_reason(error)}') from error
+    raise Damaged(f'{RECORD} is unreadable: {reason(error)}') from error
   if crc32 != _crc32(record) or str(record['step']) != path.name:
     raise Damaged(f'{RECORD} is altered')
   return record
@@ -334,10 +334,8 @@ def _load(path, names, sharding, stored: dict) -> list[jax.Array]:
   Read without orbax, whose event loop leaves tracebacks on the screen when one of many reads fails.
   """
   sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-  base = f'{path}/' if '://' in str(path) else {'driver': 'file', 'path': f'{path}/'}
-  opened = [ts.open({'driver': 'zarr', 'kvstore': {
-      'driver': 'ocdbt', 'base': base, 'path': f'{name.replace("/", ".")}/'}}, read=True) for name in names]
-  try:
+  opened = [ts.open(spec(path, name), read=True) for name in names]
+  with readable(path):
     shards = []
     for name, store in zip(names, opened):
       store, shape = store.result(), tuple(stored[name]['shape'])
@@ -348,10 +346,23 @@ def _load(path, names, sharding, stored: dict) -> list[jax.Array]:
     return [jax.make_array_from_callback(tuple(stored[name]['shape']), sharding,
                                          lambda index, read=read: read[str(index)].result())
             for name, read in zip(names, shards)]
+
+
+def spec(path, name: str) -> dict:
+  """Where tensorstore finds an array of a checkpoint."""
+  base = f'{path}/' if '://' in str(path) else {'driver': 'file', 'path': f'{path}/'}
+  return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': f'{name.replace("/", ".")}/'}}
+
+
+@contextlib.contextmanager
+def readable(path):
+  """What goes wrong while tensorstore reads: Damaged for what the disk holds, OSError for what may pass."""
+  try:
+    yield
   except ValueError as error:  # tensorstore raises no other
     if any(word in str(error) for word in PASSING):
-      raise OSError(f'checkpoint {path} could not be read: {_reason(error)}') from error
-    raise Damaged(_reason(error)) from error
+      raise OSError(f'checkpoint {path} could not be read: {reason(error)}') from error
+    raise Damaged(reason(error)) from error
 
 
 def _params(state):
@@ -367,7 +378,8 @@ def _nested(leaves: dict) -> dict:
   return tree
 
 
-def _plain(meta: dict) -> dict:
+def plain(meta: dict) -> dict:
+  """`meta` as JSON gives it back. ValueError if it would be something else."""
   try:
     plain = json.loads(json.dumps(meta))
   except (TypeError, ValueError) as error:
@@ -377,11 +389,16 @@ def _plain(meta: dict) -> dict:
   return plain
 
 
+def sealed(record: dict) -> dict:
+  """A record with its own checksum, as RECORD holds it."""
+  return record | {'crc32': _crc32(record)}
+
+
 def _crc32(record: dict) -> int:
   return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
   """The first line of what went wrong, shortened; tensorstore adds its own lists in brackets."""
   line = next(iter(str(error).strip().splitlines()), '').split(' [')[0] or type(error).__name__
   return line if len(line) <= 240 else f'{line[:100]} … {line[-140:]}'

@@ -44,7 +44,7 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
     nonlocal pending, saving, last
     if pending is not None:
       number, values, waited, done = pending
-      values = {name: float(value) for name, value in jax.device_get(values).items()}
+      values = {name: value if value.ndim else float(value) for name, value in jax.device_get(values).items()}
       # Done when it was sent, or seen done along with the next one: half of the time each; or just now.
       before, last = last, done or (ahead and (last + ahead) / 2) or time.perf_counter()
       values |= {'waited': waited, 'saving': saving, 'learning_rate': float(rate(number - 1))}

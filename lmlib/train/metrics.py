@@ -10,9 +10,6 @@ import sys
 import time
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from lmlib.terminal import Terminal, clock
 
@@ -42,17 +39,22 @@ class Record:
     self._recent: list[float] = []
 
   def write(self, step: int, metrics: dict, *, seconds: float):
-    """metrics: host scalars of the step, with its number of tokens as 'weight'; seconds: how long it took."""
-    tokens = metrics['weight']
+    """metrics: host scalars of the step, with the number of tokens that counted as 'weight'; seconds: how long it took.
+
+    Where a model reads more than counts, 'read' says how many tokens for each; tokens are those that were read.
+    Of an array, such as the load of every layer's experts, the line has the mean over all but its last axis, and
+    the smallest and the largest entry as name_min and name_max.
+    """
+    tokens, metrics = metrics['weight'] * metrics.get('read', 1), flattened(metrics)
     self._seen += tokens
-    line = {'step': step, **{name: value for name, value in metrics.items() if name != 'weight'},
+    line = {'step': step, **{name: value for name, value in metrics.items() if name not in ('weight', 'read')},
             'tokens': round(self._seen), 'tokens_per_second': tokens / seconds, 'seconds': seconds,
             'memory_bytes': peak_memory()}
     if self._peak:
       line['mfu'] = self._flops.exact * tokens / seconds / self._peak
       line['mfu_6nd'] = self._flops.six_nd * tokens / seconds / self._peak
     # JSON knows no NaN: what was not finite is null.
-    text = json.dumps({name: value if math.isfinite(value) else None for name, value in line.items()}) + '\n'
+    text = json.dumps(finite(line)) + '\n'
     with _naming(self.path):
       rest = text.encode()
       while rest:  # a disk that fills up takes a part before it refuses
@@ -79,6 +81,9 @@ class Board:
 
   def __init__(self, folder: pathlib.Path, start: int):
     """What an earlier file in the folder says of steps after `start` is no longer shown."""
+    # Here, because it loads torch where that is installed.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
     self._folder = folder
     with _naming(folder):
       folder.mkdir(exist_ok=True)
@@ -89,8 +94,10 @@ class Board:
                                        session_log=SessionLog(status=SessionLog.START)))
 
   def write(self, step: int, scalars: dict):
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
     values = [Summary.Value(tag=name, simple_value=value)
-              for name, value in scalars.items() if name != 'step']
+              for name, value in scalars.items() if name != 'step' and not isinstance(value, list)]
     with _naming(self._folder):
       self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
@@ -117,6 +124,28 @@ class Live(Terminal):
     mfu = f'  MFU {line["mfu"]:.1%}' if 'mfu' in line else ''
     self.line(f'step {step}/{steps}  loss {line["loss"]:.4f}  {line["tokens_per_second"]:,.0f} tokens/s{mfu}'
               f'  {clock(left)} left')
+
+
+def flattened(metrics: dict) -> dict:
+  """Metrics with arrays as lists and their extremes."""
+  lines = {}
+  for name, value in metrics.items():
+    if not getattr(value, 'ndim', 0):
+      lines[name] = value
+    else:
+      mean_E = value.reshape(-1, value.shape[-1]).mean(0)
+      lines |= {name: [round(float(x), 4) for x in mean_E], f'{name}_min': float(value.min()),
+                f'{name}_max': float(value.max())}
+  return lines
+
+
+def finite(value):
+  """A number or None; the same of what lists and dictionaries hold."""
+  if isinstance(value, dict):
+    return {name: finite(x) for name, x in value.items()}
+  if isinstance(value, list):
+    return [finite(x) for x in value]
+  return value if math.isfinite(value) else None
 
 
 def peak_memory() -> int:

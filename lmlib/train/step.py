@@ -10,11 +10,13 @@ import optax
 
 from lmlib import sharding
 from lmlib.models import protocol
+from lmlib.optim.kinds import descended
 from lmlib.optim.state import state_shardings
 
 # loss(params, batch) -> (summed loss, its weight, summed metrics). Sums, not means:
-# then microbatches and devices of unequal weight add up to the right average.
-Loss = Callable[[Any, Any], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+# then microbatches and devices of unequal weight add up to the right average. A metric may be a pair of a sum and
+# a weight of its own.
+Loss = Callable[[Any, Any], tuple[jax.Array, jax.Array, dict[str, Any]]]
 
 
 @struct.dataclass
@@ -46,8 +48,9 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
 
   def step(state: State, batch):
     grads, (weight, metrics) = _accumulated(gradient, state.params, batch, microbatches)
-    grads, metrics = jax.tree.map(lambda x: x / weight, (grads, metrics))
-    grad_norm = optax.tree.norm(grads)
+    grads = jax.tree.map(lambda x: x / weight, grads)
+    metrics = {name: x[0] / x[1] if isinstance(x, tuple) else x / weight for name, x in metrics.items()}
+    grad_norm = optax.tree.norm(descended(grads))
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params, update_norm = optax.apply_updates(state.params, updates), optax.tree.norm(updates)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(metrics['loss'])

@@ -117,6 +117,8 @@ def flat(value, prefix: str = '') -> dict:
     rows = [{prefix: kind}] if prefix else []
     rows += [flat(getattr(value, f.name), f'{prefix}.{f.name}' if prefix else f.name)
              for f in dataclasses.fields(value)]
+  elif isinstance(value, (tuple, list)) and any(map(dataclasses.is_dataclass, value)):
+    rows = [{prefix: len(value)}, *(flat(v, f'{prefix}.{i}') for i, v in enumerate(value))]
   else:
     return {prefix: value}
   return {name: v for row in rows for name, v in row.items()}

@@ -6,7 +6,7 @@ from matplotlib import image
 import numpy as np
 import pytest
 
-from lmlib.eval import report
+from lmlib.eval import held_out, report
 from lmlib.eval.perplexity import Score
 
 STEPS = 120
@@ -62,3 +62,19 @@ def test_the_closing_says_what_came_out_and_what_is_next(folder, summary):
   for part in ('1.082', 'gzip', '1.700', '120 steps', '1 steps skipped', 'MFU 40%', str(folder),
                'evaluate.py', 'pretrain_dense_124m.gin', 'text_files.gin', 'generate.py'):
     assert part in text, part
+
+
+def test_a_model_that_writes_nothing_is_reported_by_what_it_fills_in(folder):
+  score = held_out.Score('MaskedLm', nats=120.0, right=30, hidden=60, read=400, blind_nats=300.0)
+  summary = report.write(folder, score=score, others={}, samples=[], facts={'parameters': 12345})
+  assert json.loads((folder / 'report' / 'summary.json').read_text()) == summary
+  expected = {'objective': 'MaskedLm', 'hidden_nats': 2.0, 'hidden_perplexity': math.exp(2), 'hidden_accuracy': 0.5,
+              'hidden_tokens': 60, 'read_tokens': 400, 'blind_nats': 5.0, 'steps': STEPS}
+  assert {name: summary[name] for name in expected} == expected
+  assert not {'bits_per_byte', 'perplexity', 'compressors_bits_per_byte'} & summary.keys()
+  assert not (folder / 'report' / 'samples.txt').exists()
+  text = report.closing(summary, folder)
+  for part in ('60 tokens that MaskedLm hides', '2.000   50.0% are guessed', 'unread          5.000', 'tensorboard'):
+    assert part in text, part
+  for part in ('generate.py', 'evaluate.py', 'samples.txt', 'bits per byte'):
+    assert part not in text, part

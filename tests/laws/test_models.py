@@ -9,11 +9,12 @@ import pytest
 
 from lmlib.models import protocol
 from lmlib.nn.layers import dropout
-from tests.laws.models import CONFIGS, made, tokens
+from tests.laws.models import CONFIGS, MAIN, executed, made, smooth, tokens
 
 # float32 sums of different length or order: 1e-5 of logits of size 1 is a hundred roundings.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
-configs = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS.keys())
+every = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS.keys())
+configs = pytest.mark.parametrize('config', MAIN.values(), ids=MAIN.keys())
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -25,22 +26,23 @@ def logits(config, params, tokens_BT, segments_BT=None):
   return apply(config, params, tokens_BT, segments_BT)[0]
 
 
-@configs
+@every
 def test_the_future_does_not_change_the_past(config):
   """By gradients: the output at t depends on the embedding of the token at s if s <= t, and only then."""
   params, T = made(config), 6
   tokens_BT = jnp.arange(T)[None]  # all tokens differ, so a row of the table is a position
 
-  def outputs(table_VD):
+  def output(table_VD, t):
     model = config.model()
-    hidden_BTD, _ = model.apply({'params': params | {'embedding': table_VD}}, tokens_BT, method='hidden')
-    return hidden_BTD[0] @ jnp.arange(1.0, config.width + 1)
+    hidden_BTD, *_ = model.apply({'params': params | {'embedding': table_VD}}, tokens_BT, method='hidden')
+    return hidden_BTD[0, t] @ jnp.arange(1.0, config.width + 1)
 
-  size_TS = np.abs(jax.jit(jax.jacrev(outputs))(params['embedding'])).sum(-1)[:, :T]
+  rows = jax.jit(lambda table_VD: jax.lax.map(lambda t: jax.grad(output)(table_VD, t), jnp.arange(T)))
+  size_TS = np.abs(rows(params['embedding'])).sum(-1)[:, :T]
   np.testing.assert_array_equal(size_TS > 0, np.tri(T, dtype=bool))
 
 
-@configs
+@every
 def test_packed_documents_do_not_leak(config):
   params = made(config)
   a_BT, b_BT = tokens(config, 2, 5), tokens(config, 2, 7, seed=3)
@@ -53,8 +55,8 @@ def test_packed_documents_do_not_leak(config):
   assert np.abs(alone_BTV[:, 5:] - packed_BTV[:, 5:]).max() > 0.01  # without segments they would
 
 
-@configs
-@pytest.mark.parametrize('chunks', [(12,), (7, 5), (1,) * 12])
+@every
+@pytest.mark.parametrize('chunks', [(7, 5), (1,) * 12])
 def test_decoding_equals_the_forward_pass(config, chunks):
   params, tokens_BT = made(config), tokens(config, 3, 12)
   cache, out, at = config.cache(3, 16), [], 0
@@ -65,11 +67,20 @@ def test_decoding_equals_the_forward_pass(config, chunks):
   np.testing.assert_array_equal(cache.used_B, [12] * 3)
 
 
-@configs
-def test_rows_of_different_length_decode_together(config):
+@every
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_rows_of_different_length_decode_together(config, side):
+  """Padded on either side, which is told by segments 0."""
   params, tokens_BT, lengths_B = made(config), tokens(config, 3, 10), jnp.array([2, 7, 5])
-  _, cache = apply(config, params, tokens_BT[:, :8], None, config.cache(3, 12))  # right-padded: the rest of 8 is junk
-  cache = cache.replace(used_B=lengths_B)
+  real_BT = jnp.arange(8)[None] < lengths_B[:, None]
+  if side == 'right':
+    padded_BT = jnp.where(real_BT, tokens_BT[:, :8], 7)
+  else:
+    padded_BT = jnp.stack([jnp.roll(jnp.where(real, row[:8], 7), 8 - length)
+                           for row, real, length in zip(tokens_BT, real_BT, lengths_B)])
+    real_BT = real_BT[:, ::-1]
+  _, cache = apply(config, params, padded_BT, real_BT.astype(int), config.cache(3, 12))
+  np.testing.assert_array_equal(cache.used_B, lengths_B)
   next_BT = jnp.take_along_axis(tokens_BT, lengths_B[:, None], 1)
   out_BTV, _ = apply(config, params, next_BT, None, cache)
   full_BTV = logits(config, params, tokens_BT)
@@ -80,7 +91,7 @@ def test_rows_of_different_length_decode_together(config):
 @configs
 def test_scanned_and_unrolled_layers_are_equal(config):
   params, tokens_BT = made(config), tokens(config, 2, 8)
-  unrolled = dataclasses.replace(config, scan=False)
+  unrolled = executed(config, scan=False)
   np.testing.assert_allclose(logits(config, params, tokens_BT), logits(unrolled, params, tokens_BT), **CLOSE)
 
 
@@ -90,27 +101,30 @@ def test_remat_changes_memory_and_not_numbers(config):
   params, tokens_BT = made(config), tokens(config, 4, 32)
   found = {}
   for remat in (None, 'dots', 'full'):
-    model = dataclasses.replace(config, remat=remat)
+    model = executed(config, remat=remat)
     gradient = jax.jit(jax.grad(lambda p, m=model: (logits(m, p, tokens_BT)**2).sum()))
     compiled = gradient.lower(params).compile()
     found[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(params)
   memory = {remat: size for remat, (size, _) in found.items()}
   assert memory['full'] < memory['dots'] < memory[None], memory
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(found[None][1]))
   for remat in ('dots', 'full'):
     for a, b in zip(jax.tree.leaves(found[remat][1]), jax.tree.leaves(found[None][1])):
-      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())  # other order of sums
+      # Other orders of sums; that of a bias of keys is 0 but for rounding, so the largest gradient counts too.
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-7 * largest)
 
 
 @configs
 def test_mixed_precision_keeps_weights_and_logits_in_float32(config):
-  mixed = dataclasses.replace(config, dtype='bfloat16')
+  config = smooth(config)
+  mixed = executed(config, dtype='bfloat16')
   params, tokens_BT = protocol.init(mixed, jax.random.key(0)), tokens(config, 2, 8)
   assert {x.dtype.name for x in jax.tree.leaves(params)} == {'float32'}
   grads = jax.eval_shape(jax.grad(lambda p: logits(mixed, p, tokens_BT).sum()), params)
   assert {x.dtype.name for x in jax.tree.leaves(grads)} == {'float32'}
   full_BTV, mixed_BTV = logits(config, params, tokens_BT), logits(mixed, params, tokens_BT)
   assert mixed_BTV.dtype == jnp.float32
-  hidden_BTD, _ = jax.eval_shape(lambda p: mixed.model().apply({'params': p}, tokens_BT, method='hidden'), params)
+  hidden_BTD, *_ = jax.eval_shape(lambda p: mixed.model().apply({'params': p}, tokens_BT, method='hidden'), params)
   assert hidden_BTD.dtype == jnp.bfloat16
   error = np.linalg.norm(mixed_BTV - full_BTV) / np.linalg.norm(full_BTV)
   assert 0 < error < 0.03  # bfloat16 rounds by 2^-9 = 0.002, a few times over
@@ -118,7 +132,7 @@ def test_mixed_precision_keeps_weights_and_logits_in_float32(config):
 
 @configs
 def test_dropout_belongs_to_the_row(config):
-  dropping = dataclasses.replace(config, dropout=0.5)
+  dropping = executed(config, dropout=0.5)
   params, tokens_BT = made(config), tokens(config, 1, 8).repeat(3, 0)
   keys_B = jax.vmap(jax.random.key)(jnp.array([5, 6, 5]))
   run = lambda tokens, keys: apply(dropping, params, tokens, None, None, keys)[0]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lmlib.train.losses import NextToken
-from tests.laws.models import CONFIGS, made, tokens
+from tests.laws.models import MAIN, made, tokens
 from tests.laws.test_models import CLOSE, apply, logits
 
-configs = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS.keys())
+configs = pytest.mark.parametrize('config', MAIN.values(), ids=MAIN.keys())
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -53,7 +53,7 @@ def test_a_cache_takes_neither(config):
 
 
 def test_the_loss_uses_the_prefix_and_refuses_what_it_cannot_use():
-  config = next(iter(CONFIGS.values()))
+  config = MAIN['dense']
   params, tokens_BT = made(config), tokens(config, 2, 8)
   batch = {'tokens_BT': tokens_BT, 'targets_BT': tokens_BT, 'segments_BT': jnp.ones((2, 8), int),
            'weight_BT': jnp.ones((2, 8))}

@@ -46,6 +46,16 @@ def test_a_line_holds_speed_and_utilisation(tmp_path):
   assert first['memory_bytes'] > 1 << 20
 
 
+def test_tokens_are_those_that_were_read(tmp_path):
+  """Of 10 that counted, with 7 read for each of them."""
+  opened = record(tmp_path)
+  opened.write(1, values() | {'read': 7.0}, seconds=2.0)
+  opened.close()
+  line, = metrics.read(tmp_path / 'metrics.jsonl')
+  assert (line['tokens'], line['tokens_per_second'], line['mfu']) == (70, 35.0, 7.0)
+  assert not {'read', 'weight'} & line.keys()
+
+
 def test_without_a_known_peak_there_is_no_utilisation(tmp_path):
   written(tmp_path, [1], peak=None)
   assert 'mfu' not in metrics.read(tmp_path / 'metrics.jsonl')[0]

@@ -32,6 +32,12 @@ def test_an_identity_is_flat_and_names_classes():
       'model.schedule': 'test_workdir.Schedule', 'model.schedule.peak': 0.1, 'seed': 0}
 
 
+def test_several_parts_of_one_kind_are_named_by_number():
+  assert flat({'parts': (Schedule(), Schedule(0.2)), 'sizes': (1, 2)}) == {
+      'parts': 2, 'parts.0': 'test_workdir.Schedule', 'parts.0.peak': 0.1, 'parts.1': 'test_workdir.Schedule',
+      'parts.1.peak': 0.2, 'sizes': (1, 2)}
+
+
 def test_the_manifest_says_what_ran(tmp_path):
   begin(tmp_path / 'a' / 'run', model=Model(), seed=3)
   manifest = json.loads((tmp_path / 'a' / 'run' / 'manifest.json').read_text())
