@@ -1,4 +1,4 @@
-"""Scores text with a model that experiments/pretrain.py trained: bits per byte, beside compressors.
+"""Scores text with a model of a WORKDIR, trained or converted: bits per byte, beside compressors.
 
   python experiments/evaluate.py --gin_file=evaluate.gin --gin_bindings='GLOB = "texts/*.txt"'
 """
@@ -10,7 +10,6 @@ if __name__ == '__main__':  # before jax is imported, which reads its log level 
 import json
 import pathlib
 
-from experiments import pretrain
 from lmlib import sharding
 from lmlib.data.sources import TextFiles
 from lmlib.data.tokenizer import Tokenizer
@@ -27,12 +26,13 @@ def main(*, workdir: str, source: TextFiles, layout=sharding.Layout(), length: i
   They are read in windows of `length` tokens (None: the model's longest), `stride` apart (None: half).
   """
   folder = pathlib.Path(workdir).expanduser()
-  model = cli.saved(pretrain.main, workdir)['model']
+  model = cli.saved_model(workdir)
   tokenizer = Tokenizer.load(folder / 'tokenizer.model')
   length = model.length if length is None else length
   stride = max(1, length // 2) if stride is None else stride
   texts = [document.text for document in source.documents()]
-  documents = [([tokenizer.bos, *tokenizer.encode(text).tolist(), tokenizer.eos], len(text.encode()))
+  before = tokenizer.bos if tokenizer.starts else tokenizer.eos  # what stands before a document where they follow
+  documents = [([before, *tokenizer.encode(text).tolist(), tokenizer.eos], len(text.encode()))
                for text in texts]
   with sharding.use(layout):
     params, step, _ = restore_params(folder / 'checkpoints', placed(protocol.boxed(model)))

@@ -1,4 +1,4 @@
-"""Continues prompts with a model that experiments/pretrain.py trained.
+"""Continues prompts with a model that experiments/pretrain.py trained, or experiments/convert.py took over.
 
   python experiments/generate.py --gin_file=generate.gin --gin_bindings='PROMPTS = ("import ",)'
 """
@@ -9,7 +9,6 @@ if __name__ == '__main__':  # before jax is imported, which reads its log level 
 
 import pathlib
 
-from experiments import pretrain
 from lmlib import sharding
 from lmlib.data.tokenizer import Tokenizer
 from lmlib.models import protocol
@@ -22,13 +21,14 @@ def main(*, workdir: str, prompts: tuple, layout=sharding.Layout(), new: int = 2
          top_k: int | None = None, seed: int = 0):
   """Prints each prompt and up to `new` tokens after it, from the newest checkpoint in `workdir`."""
   folder = pathlib.Path(workdir).expanduser()
-  model = cli.saved(pretrain.main, workdir)['model']
+  model = cli.saved_model(workdir)
   tokenizer = Tokenizer.load(folder / 'tokenizer.model')
   with sharding.use(layout):
     params, step, _ = restore_params(folder / 'checkpoints', placed(protocol.boxed(model)))
-    ids = [[tokenizer.bos, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    ids = [tokenizer.prompt(prompt) for prompt in prompts]
     continued = generate(model, params, ids, new=new, eos=tokenizer.eos, temperature=temperature, top_k=top_k,
-                         seed=seed)
+                         seed=seed, start=tokenizer.bos if protocol.encodes(model) else None)
   print(f'{workdir} after step {step}')
+  continued = [[i for i in row if i < tokenizer.vocab] for row in continued]  # a model may embed ids that mean nothing
   for prompt, row in zip(prompts, continued):
     print(f'---- {prompt!r} is continued\n{prompt}{tokenizer.decode(row, continues=True)}\n')

@@ -1,4 +1,4 @@
-"""Pretrains a decoder-only language model on text and scores it on whole documents it has never seen.
+"""Pretrains a language model on text and scores it on documents it has never seen.
 
   python experiments/pretrain.py --gin_file=quickstart.gin
   python experiments/pretrain.py --gin_file=quickstart.gin --gin_bindings='STEPS = 100'
@@ -11,6 +11,7 @@ if __name__ == '__main__':  # before jax is imported, which reads its log level 
   cli.run(__file__)
 
 import contextlib
+import dataclasses
 import json
 
 import jax
@@ -20,11 +21,11 @@ from lmlib.data import objectives
 from lmlib.data import packing as packings
 from lmlib.data.loader import Loader
 from lmlib.data.prepare import prepare
-from lmlib.eval import perplexity, report
+from lmlib.eval import held_out, perplexity, report
 from lmlib.models import protocol
 from lmlib.plan import chips, cost
 from lmlib.serve.generate import generate
-from lmlib.train import health, loop, losses, metrics
+from lmlib.train import encoder_losses, health, loop, losses, metrics
 from lmlib.train import step as step_of
 from lmlib.train.checkpoint import Checkpoints
 from lmlib.train.workdir import Workdir
@@ -38,7 +39,8 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
 
   `data` is a corpus or a mixture of several; `packing` fills rows with documents, `objective` says what of
   them is predicted. Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written;
-  the last `keep` stay. At the end the model is scored on the held-out documents and continues each of `prompts`.
+  the last `keep` stay. At the end a decoder is scored on the held-out documents and continues each of `prompts`; a
+  model with an encoder, or one that learned to fill in, is scored by what its objective hides in them.
   """
   config = gin_text.gin_text('experiments.pretrain.main', locals())
   length = model.length if length is None else length
@@ -49,6 +51,8 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     mesh = stack.enter_context(sharding.use(layout))
     loop.check(steps=steps, batch=batch, microbatches=microbatches, length=length, longest=model.length,
                save_every=save_every, keep=keep, seed=seed)
+    encoder_losses.agree(loss, objective)
+    loss.of(model)  # refuses a model of another kind
     if model.vocab != (needed := objectives.vocabulary(objective, data.vocab)):
       more = '' if needed == data.vocab else f' and the special ids of the objective go up to {needed - 1}'
       raise ValueError(f'the model has vocab={model.vocab}, but the tokenizer of the data has '
@@ -67,7 +71,9 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     run.check({'data': prepared.train.fingerprint})
     tokenizer = prepared.tokenizer
     batches = packings.Batches(prepared.train, batch, length, seed, packing, objective, model.vocab)
-    ids = [[tokenizer.bos, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    writes = not (protocol.encodes(model) or getattr(objective, 'in_place', False))
+    unseen = None if writes else dataclasses.replace(batches, store=prepared.held_out)
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt).tolist()] for prompt in prompts if writes]
     if (longest := max(map(len, ids), default=0)) >= model.length:
       raise ValueError(f'prompts: the longest has {longest} tokens, which leaves no room for an answer in '
                        f"the model's length={model.length}")
@@ -87,7 +93,10 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
       return
 
     # What it writes of itself.
-    flops, (peak, peak_source) = cost.train_flops(model, length), chips.peak_flops(mesh.devices.flat)
+    answer, first = None, batches.batch_at(0)
+    if 'inputs_BS' in first:
+      answer = length * float((first['segments_BT'] > 0).sum() / (first['input_segments_BS'] > 0).sum())
+    flops, (peak, peak_source) = cost.train_flops(model, length, answer), chips.peak_flops(mesh.devices.flat)
     facts = {'parameters': trees.count(shapes.params), 'mesh': dict(mesh.shape), 'data': prepared.rows,
              'peak_flops': peak, 'peak_source': peak_source, 'flops_per_token': flops.exact,
              'flops_per_token_6nd': flops.six_nd}
@@ -108,15 +117,15 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     stack.enter_context(health.stopping('stopped after training, which is saved: '
                                         'run the same command for the report'))
     live.say('scoring the held-out documents and writing the report')
-    if getattr(objective, 'in_place', False):
-      live.say(f'what follows scores next tokens, of which {type(objective).__name__} has taught nothing')
-    held_out = prepared.held_out
-    score = perplexity.score(model, state.params, held_out.scored(), length=length,
-                             stride=max(1, length // 2))
-    continued = generate(model, state.params, ids, new=min(200, model.length - longest), eos=tokenizer.eos,
-                         temperature=0.7, seed=seed) if ids else []
-    continued = [[i for i in row if i < tokenizer.vocab] for row in continued]  # special ids are no text
-    samples = [(prompt, tokenizer.decode(row, continues=True)) for prompt, row in zip(prompts, continued)]
-    others = perplexity.compressors([held_out.text(i).encode() for i in range(held_out.documents)])
+    if writes:
+      score = perplexity.score(model, state.params, prepared.held_out.scored(), length=length,
+                               stride=max(1, length // 2))
+      continued = generate(model, state.params, ids, new=min(200, model.length - longest), eos=tokenizer.eos,
+                           temperature=0.7, seed=seed) if ids else []
+      continued = [[i for i in row if i < tokenizer.vocab] for row in continued]  # special ids are no text
+      samples = [(prompt, tokenizer.decode(row, continues=True)) for prompt, row in zip(prompts, continued)]
+      others = perplexity.compressors([prepared.held_out.text(i).encode() for i in range(prepared.held_out.documents)])
+    else:
+      score, samples, others = held_out.score(model, state.params, loss, unseen), [], {}
     done = report.write(folder, score=score, others=others, samples=samples, facts=facts)
     live.say(report.closing(done, folder))

@@ -22,6 +22,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import threading
 import tokenize
 import traceback
 import types
@@ -43,6 +44,7 @@ def run(file: str):
   quiet()
   keep_memory()
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the training loop takes over
+  interrupt_again()
   path = pathlib.Path(file).resolve()
   # Not the folder of the script: experiments/evaluate.py would hide a package called evaluate.
   sys.path[:] = [str(path.parents[1]), *(p for p in sys.path if p != str(path.parent)), os.getcwd()]
@@ -82,10 +84,37 @@ def arguments(main, gin_files=(), bindings=()) -> dict:
 
 def saved(main, workdir: str) -> dict:
   """The arguments of main() in the run that `workdir` holds. ValueError if it holds none."""
+  return arguments(main, [_saved(workdir)])
+
+
+def saved_model(workdir: str):
+  """The config of the model in `workdir`, whichever experiment wrote it. ValueError if there is none."""
+  config, reader = _saved(workdir), _Reader()
+  reader.file(str(config), 'WORKDIR')
+  try:
+    return reader.settings.model()
+  except ValueError as error:
+    raise ValueError(f'{config}: {error}') from error
+
+
+def _saved(workdir: str) -> pathlib.Path:
   config = pathlib.Path(workdir).expanduser() / 'config.gin'
   if not config.is_file():
     raise ValueError(f'WORKDIR {workdir!r} holds no run: there is no {config}')
-  return arguments(main, [config])
+  return config
+
+
+def interrupt_again():
+  """Sends an interruption once more that came where Python must ignore exceptions, such as in a callback of jax."""
+  before = sys.unraisablehook
+
+  def hook(unraisable):
+    if unraisable.exc_type is not KeyboardInterrupt:
+      before(unraisable)
+    else:
+      threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+  sys.unraisablehook = hook
 
 
 def quiet():

@@ -23,6 +23,24 @@ from lmlib.models import dense
 '''
 
 
+INTERRUPTED = '''
+import gc, os, signal, sys, time
+from lmlib import cli
+cli.interrupt_again()
+class Deaf:
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+    print('not reached')
+try:
+  Deaf()
+  for _ in range(1000):
+    time.sleep(0.01)
+except KeyboardInterrupt:
+  sys.exit(75)
+'''
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
   size: int = 1
@@ -485,3 +503,9 @@ def test_what_is_imported():
   shows = "import sys\nfrom lmlib import {}\nprint({{'jax', '{}'}} & {{*sys.modules}})"
   assert quietly(shows.format('cli', 'tensorflow')) == ['set()']
   assert quietly(shows.format('gin_text', 'gin')) == ['set()']
+
+
+def test_an_interruption_where_exceptions_are_ignored_is_not_lost():
+  done = subprocess.run([sys.executable, '-c', INTERRUPTED], text=True, capture_output=True, timeout=60,
+                        env=os.environ | {'PYTHONPATH': str(ROOT)}, check=False)
+  assert (done.returncode, done.stdout, done.stderr) == (75, '', '')

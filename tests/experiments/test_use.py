@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from lmlib.data import index, pipeline, prepare
 from tests.experiments.conftest import ROOT
 
 
@@ -28,10 +30,14 @@ def test_generate_continues_each_prompt(finished, environment):
 def test_evaluate_scores_the_held_out_documents_as_the_report_did(finished, environment, texts, tmp_path):
   manifest = json.loads((finished.workdir / 'manifest.json').read_text())
   report = json.loads((finished.workdir / 'report' / 'summary.json').read_text())
-  by_size = {path.stat().st_size: path for path in texts.iterdir()}
+  names = sorted(str(path) for path in texts.iterdir())
+  out = index.held_out(np.array([pipeline.rank(name) for name in names], np.uint64), prepare.Corpus.held_out)
+  (tmp_path / 'held_out').mkdir()
+  for name in np.array(names)[out]:
+    shutil.copy(name, tmp_path / 'held_out')
   held_out = next(row for row in manifest['data'] if row['part'] == 'held out')
-  assert held_out['documents'] == 1, 'one file, found by its size'
-  out = run(environment, 'evaluate', WORKDIR=str(finished.workdir), GLOB=str(by_size[held_out['bytes']]))
+  assert held_out['bytes'] == sum(path.stat().st_size for path in (tmp_path / 'held_out').iterdir())
+  out = run(environment, 'evaluate', WORKDIR=str(finished.workdir), GLOB=f'{tmp_path}/held_out/*')
   found = json.loads(out.splitlines()[-1])
   assert found['bits_per_byte'] == pytest.approx(report['bits_per_byte'], rel=1e-5)
   assert found['compressors_bits_per_byte'] == report['compressors_bits_per_byte']
