@@ -21,6 +21,7 @@ setup(
         'optax>=0.2.8,<0.3', 'orbax-checkpoint>=0.12.8,<0.13', 'tensorstore>=0.1.86', 'numpy>=2',
         'absl-py>=2', 'etils[epath]>=1.12', 'gin-config==0.5.0', 'sentencepiece>=0.2.2,<0.3',
         'tokenizers>=0.22,<0.24', 'tiktoken>=0.9', 'jinja2>=3.1', 'matplotlib>=3.9', 'tensorboardX>=2.6.2',
+        'gguf>=0.18,<1',  # llama.cpp's form; brings numpy, pyyaml, requests and tqdm
         'datasketch>=2,<3', 'ftfy>=6.3,<7', 'py3langid>=0.4,<0.5',  # cleaning: no compiled code but numpy's and scipy's
         'seqio>=0.0.20; sys_platform == "linux"',  # its TensorFlow Text has no wheels elsewhere
         'importlib_resources; sys_platform == "linux"',  # TensorFlow Datasets, of seqio, does not say so
@@ -31,6 +32,6 @@ setup(
         'parquet': ['pyarrow>=18'],
         'beam': BEAM,
         'test': ['pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'nbclient>=0.10', 'nbformat>=5', 'ipykernel>=6',
-                 'pyarrow>=18', *BEAM],
+                 'pyarrow>=18', 'safetensors>=0.5', *BEAM],
     },
 )

@@ -71,6 +71,16 @@ class Settings:
       raise ValueError(f'bound, but read by nothing that {label(main)} uses: {", ".join(sorted(unread))}')
     return values
 
+  def model(self) -> Any:
+    """The model that the files are about, whatever else they set: the macro MODEL, or what a main() is given.
+
+    ValueError if they are about none.
+    """
+    for (scope, target, field), bound in self._bound.items():
+      if (scope, target) == ('MODEL', None) or (field == 'model' and getattr(target, '__name__', '') == 'main'):
+        return self._value(bound, 'MODEL' if target is None else '', 'model', Any)
+    raise ValueError('no MODEL is set')
+
   def _macros(self, *, read: bool) -> list[str]:
     """The names of the macros that something has read, or of those that nothing has."""
     return [key[0] for key in self._bound if key[1] is None and (key in self._read) == read]
@@ -211,6 +221,11 @@ def gin_text(main: Callable | str, values: dict[str, Any]) -> str:
   return _Writer(values).text(main)
 
 
+def macro_text(values: dict[str, Any]) -> str:
+  """Gin text that sets macros, {'MODEL': config}, every field written out; otherwise as gin_text."""
+  return _Writer(values).text(None)
+
+
 class _Writer:
 
   def __init__(self, values):
@@ -228,9 +243,13 @@ class _Writer:
         self._scopes[cls, key] = scope
 
   def text(self, main) -> str:
-    path = main if isinstance(main, str) else f'{main.__module__}.{main.__qualname__}'
-    module, _, name = path.rpartition('.')
-    blocks = [self._block(self._name(module, name), self._values)]
+    """main: the function or its import path; None for macros."""
+    if main is None:
+      blocks = [''.join(f'{name} = {self._written(value)}\n' for name, value in self._values.items())]
+    else:
+      path = main if isinstance(main, str) else f'{main.__module__}.{main.__qualname__}'
+      module, _, name = path.rpartition('.')
+      blocks = [self._block(self._name(module, name), self._values)]
     for objects in self._objects.values():
       for _, value in objects.values():
         blocks.append(self._block(self._object(value), _init_fields(value)))

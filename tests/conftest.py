@@ -1,16 +1,28 @@
 """Eight CPU devices, ranks that must match, quick compilation: before jax is imported."""
 import os
+import signal
 import tempfile
 
 from tests.devices import fake_devices
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + fake_devices(8)
+os.environ.update(fake_devices(8))
 # Most of a test's time is compilation. Laws hold without optimisation too, and equal programs compile once.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='lmlib-tests-'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
+import pytest
 
+# What runs in the background of a shell ignores Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def bounded_memory():
+  """Forgets compiled programs after every file: of thousands of tests they take gigabytes."""
+  yield
+  jax.clear_caches()

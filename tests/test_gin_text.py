@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import pytest
 
 from lmlib import cli
-from lmlib.gin_text import gin_text
+from lmlib.gin_text import gin_text, macro_text
 from lmlib.models import dense
 
 
@@ -47,10 +47,12 @@ def test_text_is_complete_and_scopes_only_what_differs(tmp_path):
   part = Part(inner=Part(size=2))
   values = {'model': dense.Config(width=32), 'other': (part, part), 'steps': 4}
   text = gin_text(main, values)
-  assert re.findall(r'^\S+(?=:$)', text, re.MULTILINE) == [
-      'test_gin_text.main', 'dense.Config', 'other_0/test_gin_text.Part', 'other_0_inner/test_gin_text.Part']
+  names = re.findall(r'^\S+(?=:$)', text, re.MULTILINE)
+  assert names[:2] == ['test_gin_text.main', 'dense.Config']
+  assert names[-2:] == ['other_0/test_gin_text.Part', 'other_0_inner/test_gin_text.Part']
   for field in dataclasses.fields(dense.Config):
-    assert f'  {field.name} = {getattr(values["model"], field.name)!r}\n' in text
+    value = getattr(values['model'], field.name)
+    assert re.search(rf'  {field.name} = (@\w+\.\w+\(\)|{re.escape(repr(value))})\n', text), field.name
   assert gin_text(f'{__name__}.main', values) == text
   file = tmp_path / 'config.gin'
   file.write_text(text)
@@ -82,3 +84,24 @@ def test_text_refuses_what_no_file_can_say():
   for value in (Local(), len, Part, float('nan'), {1: 2}, object()):
     with pytest.raises(ValueError, match='value_0'):
       gin_text(anything, {'value': (value,)})
+
+
+def test_a_text_of_macros_is_a_file_of_a_model(tmp_path):
+  """One that sets MODEL, and one that gives a main() its model, are about the same."""
+  config = dense.Config(width=24, hidden=40)
+  written = macro_text({'MODEL': config})
+  assert '\nMODEL = @dense.Config()\n' in written
+  (tmp_path / 'config.gin').write_text(written)
+  assert cli.saved_model(str(tmp_path)) == config
+  (tmp_path / 'config.gin').write_text(gin_text('experiments.pretrain.main', {'steps': 3, 'model': config}))
+  assert cli.saved_model(str(tmp_path)) == config
+
+
+@pytest.mark.parametrize(('text', 'said'), [
+    ('from __gin__ import dynamic_registration\nSTEPS = 3\n', 'config.gin: no MODEL is set'),
+    ('from __gin__ import dynamic_registration\nfrom lmlib.models import dense\nMODEL = @dense.Config()\n'
+     'dense.Config.width = 0\n', r'config.gin: dense.Config.width=0 must be')])
+def test_a_file_without_a_model_is_named(tmp_path, text, said):
+  (tmp_path / 'config.gin').write_text(text)
+  with pytest.raises(ValueError, match=said):
+    cli.saved_model(str(tmp_path))
