@@ -6,7 +6,8 @@ import tempfile
 from tests.devices import fake_devices
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ.update(fake_devices(8))
+os.environ.update({name: f'{os.environ.get(name, "")} {value}' if name == 'XLA_FLAGS' else value
+                   for name, value in fake_devices(8).items()})  # of a flag that is there twice the last one counts
 # Most of a test's time is compilation. Laws hold without optimisation too, and equal programs compile once.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='lmlib-tests-'))

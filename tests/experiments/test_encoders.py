@@ -26,19 +26,24 @@ SPANS = dict(model=encoder_decoder.Config(vocab=BYTES + 8, encoder_layers=1, **S
              objective=SpanCorruption(Specials(sentinels=tuple(range(BYTES, BYTES + 8))), layout='encoder_decoder'))
 
 
-def run(texts, workdir, **changes):
-  data = prepare.Corpus(source=TextFiles(f'{texts}/*.txt'), tokenizer=Bytes(), held_out=0.2)
+@pytest.fixture(autouse=True)
+def here(texts, monkeypatch):
+  """Documents by names that no temporary folder is part of: names decide what is held out and what comes first."""
+  monkeypatch.chdir(texts)
+
+
+def run(workdir, **changes):
+  data = prepare.Corpus(source=TextFiles('*.txt'), tokenizer=Bytes(), held_out=0.2)
   settings = dict(data=data, optimizer=AdamW(schedule=Cosine(peak=0.01, warmup=5)), layout=sharding.Layout(data=-1),
                   steps=25, batch=8, workdir=str(workdir), save_every=20)
   pretrain.main(**settings | changes)
 
 
 @pytest.mark.parametrize(('name', 'kind'), [('masked', MASKED), ('spans', SPANS)])
-def test_it_learns_to_fill_in_and_says_how_well(name, kind, texts, tmp_path, capsys):
-  run(texts, tmp_path / name, **kind)
+def test_it_learns_to_fill_in_and_says_how_well(name, kind, tmp_path, capsys):
+  run(tmp_path / name, **kind)
   lines = metrics.read(tmp_path / name / 'metrics.jsonl')
-  # A new model knows nothing: logits of size 1 add 1/2, and the targets are so few letters that their draws add some.
-  assert abs(lines[0]['loss'] - math.log(kind['model'].vocab) - 0.5) < 1
+  assert -0.2 < lines[0]['loss'] - math.log(kind['model'].vocab) < 0.8  # a new model knows nothing
   assert lines[-1]['loss'] < lines[0]['loss'] - 1
   assert lines[-1]['tokens'] > 2 * 25 * 8 * 64 / 3  # read, though few of them count
   found = json.loads((tmp_path / name / 'report' / 'summary.json').read_text())
@@ -48,7 +53,7 @@ def test_it_learns_to_fill_in_and_says_how_well(name, kind, texts, tmp_path, cap
   out = capsys.readouterr().out
   assert f'that {type(kind["objective"]).__name__} hides in documents not seen' in out
   assert 'generate.py' not in out
-  run(texts, tmp_path / name, **kind)  # which is finished, and says the same
+  run(tmp_path / name, **kind)  # which is finished, and says the same
   assert f'{found["hidden_nats"]:.3f}' in capsys.readouterr().out
 
 
@@ -58,7 +63,7 @@ def test_it_learns_to_fill_in_and_says_how_well(name, kind, texts, tmp_path, cap
     (MASKED | dict(objective=PrefixLm()), 'loss=MaskedToken.*objective=PrefixLm'),
     (SPANS | dict(loss=NextToken()), "NextToken and objective=SpanCorruption with layout='encoder_decoder'"),
     (SPANS | dict(loss=MaskedToken(), objective=MASKED['objective']), 'MaskedToken is of an encoder')])
-def test_what_does_not_go_together_is_refused_before_any_work(changes, message, texts, tmp_path):
+def test_what_does_not_go_together_is_refused_before_any_work(changes, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    run(texts, tmp_path / 'run', **changes)
+    run(tmp_path / 'run', **changes)
   assert not (tmp_path / 'run').exists()
