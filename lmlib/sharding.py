@@ -9,6 +9,8 @@ in a rule (('F', ('tensor',))):
   J future token C choice         M token with an expert
   R latent of keys and values      Q latent of queries  P rotary width    W value width
   I interval of distances          U kind of token, as of a first and a second sentence
+  Y class of a text
+  A rank or width of an adapter
 """
 import contextlib
 import contextvars
@@ -20,7 +22,7 @@ from flax import struct
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIU')
+ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIUYA')
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
 # Read top to bottom. A row applies if its mesh axes are still unused in this array and
@@ -113,6 +115,25 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return x
   mesh, layout = _current.get()
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, layout.arrays)))
+
+
+def each(function, axes, out: str):
+  """function(*arrays), run by every device on its own part of them, for what XLA cannot split by itself.
+
+  axes: the letters of each array; out: those of the result, which are all letters of the arrays. Rules place them
+  like any computed array, so a letter that `function` sums over or compares along must not be split.
+  """
+
+  def run(*arrays):
+    if not in_use() or _current.get()[0].size == 1:
+      return function(*arrays)
+    mesh, layout = _current.get()
+    specs = tuple(spec(letters, x.shape, mesh, layout.arrays) for letters, x in zip(axes, arrays))
+    size = {letter: n for letters, x in zip(axes, arrays) for letter, n in zip(letters, x.shape)}
+    placed = spec(out, tuple(size[letter] for letter in out), mesh, layout.arrays)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=placed, check_vma=False)(*arrays)
+
+  return run
 
 
 class Lettered(struct.PyTreeNode, nn.meta.AxisMetadata):

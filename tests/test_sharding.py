@@ -40,7 +40,7 @@ def test_a_letter_may_have_several_rows_and_the_first_that_fits_holds():
 def test_letters_outside_the_alphabet_are_refused():
   with pytest.raises(ValueError, match=r"'BTX' uses \['X'\]"):
     spec('BTX', (1, 1, 1), MESH, ARRAYS)
-  with pytest.raises(ValueError, match=r"'X'.*letters are BCDE"):
+  with pytest.raises(ValueError, match=r"'X'.*letters are ABCDE"):
     Layout(weights=(('X', ('fsdp',)),))
   with pytest.raises(ValueError, match=r"'model'.*'data', 'fsdp', 'tensor'"):
     Layout(arrays=(('B', ('model',)),))

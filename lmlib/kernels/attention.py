@@ -8,13 +8,18 @@ of ALiBi (Press et al. 2022), a bias is that of T5 (Raffel et al. 2020), sinks a
 and softmax are float32. A query that sees nothing gets zeros.
 """
 import dataclasses
+import logging
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmlib.kernels import attention_blocked
+from lmlib import sharding
+from lmlib.kernels import attention_blocked, attention_cudnn, attention_gpu, attention_hopper
+
+PROVEN = ('H100', 'H200')  # GPUs on which the kernels were held to float64 and timed: benchmarks/RESULTS.md
+SHORT = 64  # fewer queries than this are a step of decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,49 +81,89 @@ class Rows:
   segment_BT: jax.Array | None = None  # document of each query in a packed row: it sees keys of the same
   segment_BS: jax.Array | None = None  # of each key; None: as segment_BT
   prefix_BS: jax.Array | None = None  # 1 where a key is seen from everywhere in its document
+  front: int = struct.field(pytree_node=False, default=0)  # keys before all others, of no place: every query sees them
 
 
 def attention(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern = Pattern(), rows: Rows = Rows(), *, slope_KG=None,
               bias_BKGTS=None, sink_KG=None, implementation: str = 'auto'):
   """Attention, BTKGH like q; the H of v may be another.
 
-  implementation: a name of IMPLEMENTATIONS; 'auto' is 'blocked' where that can do the case, which is causal
-  training on plain or packed rows, else 'reference'. ValueError if the one asked for cannot do the case.
+  implementation: a name of IMPLEMENTATIONS, or 'auto': see chosen(). ValueError if the one asked for cannot do the
+  case. 'gpu' runs on a CPU too, interpreted and slow.
   """
-  T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
+  T, S = q_BTKGH.shape[1], k_BSKH.shape[1] - rows.front
   if T != S and rows.place_BT is rows.place_BS is None and (pattern.causal or pattern.local or pattern.stride):
     raise ValueError(f'{T} queries and {S} keys need their places in Rows')
-  lacking = _lacking(q_BTKGH, v_BSKH, pattern, rows, slope_KG, bias_BKGTS, sink_KG)
+  if rows.front and (slope_KG is not None or bias_BKGTS is not None):
+    raise ValueError(f'Rows.front={rows.front} keys have no place: there are no slopes and no bias for them')
+  added = {'slopes': slope_KG, 'a bias': bias_BKGTS, 'sinks': sink_KG}
+  case = q_BTKGH, k_BSKH, v_BSKH, pattern, rows, [name for name, there in added.items() if there is not None]
   if implementation == 'auto':
-    implementation = 'reference' if lacking else 'blocked'
-  if implementation not in IMPLEMENTATIONS:
+    implementation = chosen(*case)
+  elif implementation not in IMPLEMENTATIONS:
     raise ValueError(f'attention implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}')
-  if implementation == 'blocked':
-    if lacking:
-      raise ValueError(f"attention implementation='blocked' cannot do {', '.join(lacking)}; 'reference' can")
-    if pattern.scale is not None:
-      q_BTKGH = q_BTKGH * jnp.asarray(pattern.scale * q_BTKGH.shape[-1]**0.5, q_BTKGH.dtype)
-    return attention_blocked.attention(q_BTKGH, k_BSKH, v_BSKH, rows.segment_BT)
-  return reference(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, slope_KG=slope_KG, bias_BKGTS=bias_BKGTS, sink_KG=sink_KG)
+  elif missing := LACKING[implementation](*case):
+    able = [repr(name) for name in sorted(IMPLEMENTATIONS) if not LACKING[name](*case)]
+    raise ValueError(f'attention implementation={implementation!r} cannot do {", ".join(missing)}; '
+                     f'{", ".join(able)} can')
+  logging.getLogger(__name__).debug('attention of %s queries and %s keys by %r', q_BTKGH.shape, k_BSKH.shape,
+                                    implementation)
+  return IMPLEMENTATIONS[implementation](q_BTKGH, k_BSKH, v_BSKH, pattern, rows, slope_KG=slope_KG,
+                                         bias_BKGTS=bias_BKGTS, sink_KG=sink_KG)
 
 
-def _lacking(q_BTKGH, v_BSKH, pattern: Pattern, rows: Rows, slope_KG, bias_BKGTS, sink_KG) -> list[str]:
-  """What of a case 'blocked' cannot do."""
-  cases = {'both directions': not pattern.causal, 'a window': pattern.window, 'a chunk': pattern.chunk,
-           'a stride': pattern.stride, 'a softcap': pattern.softcap, 'slopes': slope_KG is not None,
-           'a bias': bias_BKGTS is not None, 'sinks': sink_KG is not None, 'a prefix': rows.prefix_BS is not None,
-           'places (a cache)': rows.place_BT is not None or rows.place_BS is not None,
-           'segments of keys': rows.segment_BS is not None,
-           'other numbers of queries and keys': v_BSKH.shape[1] != q_BTKGH.shape[1]}
-  return [case for case, there in cases.items() if there]
+def chosen(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern, rows: Rows, added) -> str:
+  """The fastest implementation that is proven for a case.
+
+  On the GPUs of PROVEN and for 16-bit arrays, unless it is a step of decoding: 'hopper', else 'gpu'. Else, and
+  everywhere else, 'blocked' where that can do the case, which is causal training on plain or packed rows; else
+  'reference'. 'cudnn' is never chosen: its results may differ from run to run.
+  """
+  names = ['blocked']
+  if _proven() and q_BTKGH.dtype != jnp.float32 and q_BTKGH.shape[1] >= SHORT:
+    names = ['hopper', 'gpu', 'blocked']
+  able = [name for name in names if not LACKING[name](q_BTKGH, k_BSKH, v_BSKH, pattern, rows, added)]
+  return able[0] if able else 'reference'
+
+
+def _proven() -> bool:
+  return jax.default_backend() == 'gpu' and any(name in jax.devices()[0].device_kind for name in PROVEN)
+
+
+def _blocked(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, **none):
+  if pattern.scale is not None:
+    q_BTKGH = q_BTKGH * jnp.asarray(pattern.scale * q_BTKGH.shape[-1]**0.5, q_BTKGH.dtype)
+  return attention_blocked.attention(q_BTKGH, k_BSKH, v_BSKH, rows.segment_BT)
+
+
+def _apart(kernel):
+  """A kernel that XLA cannot split, run by every device on its own rows and heads."""
+
+  def run(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, *, slope_KG=None, bias_BKGTS=None, sink_KG=None):
+    named = {'place_BT': 'BT', 'place_BS': 'BS', 'segment_BT': 'BT', 'segment_BS': 'BS', 'prefix_BS': 'BS'}
+    given = {name: getattr(rows, name) for name in named if getattr(rows, name) is not None}
+    more = {} if sink_KG is None else {'sink_KG': sink_KG}
+
+    def mine(q_BTKGH, k_BSKH, v_BSKH, *arrays):
+      arrays = dict(zip([*given, *more], arrays))
+      return kernel(q_BTKGH, k_BSKH, v_BSKH, pattern, Rows(**{name: arrays[name] for name in given}),
+                    **{name: arrays[name] for name in more})
+
+    axes = ['BTKGH', 'BSKH', 'BSKH', *(named[name] for name in given), *(['KG'] if more else [])]
+    return sharding.each(mine, axes, 'BTKGH')(q_BTKGH, k_BSKH, v_BSKH, *given.values(), *more.values())
+
+  return run
 
 
 def reference(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern = Pattern(), rows: Rows = Rows(), *, slope_KG=None,
               bias_BKGTS=None, sink_KG=None):
   """The equation above, word for word; all scores in memory."""
-  T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
+  (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
   scale = H**-0.5 if pattern.scale is None else pattern.scale
-  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+  # All queries of a key head are rows of one matrix, N: of two axes XLA on CPU makes a product several times slower.
+  q_BKNH = jnp.moveaxis(q_BTKGH, 1, 3).reshape(B, K, G * T, H)
+  score_BKNS = jnp.einsum('BKNH,BSKH->BKNS', q_BKNH, k_BSKH, preferred_element_type=jnp.float32) * scale
+  score_BKGTS = score_BKNS.reshape(B, K, G, T, S)
   if pattern.softcap is not None:
     score_BKGTS = pattern.softcap * jnp.tanh(score_BKGTS / pattern.softcap)
   if slope_KG is not None:
@@ -137,7 +182,8 @@ def reference(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern = Pattern(), rows: Rows 
   if sink_KG is not None:
     sum_BKGT1 += jnp.exp(sink_BKGT1 - most_BKGT1)
   prob_BKGTS = (prob_BKGTS / jnp.where(sum_BKGT1 == 0, 1, sum_BKGT1)).astype(v_BSKH.dtype)
-  return jnp.einsum('BKGTS,BSKH->BTKGH', prob_BKGTS, v_BSKH)
+  out_BKNH = jnp.einsum('BKNS,BSKH->BKNH', prob_BKGTS.reshape(B, K, G * T, S), v_BSKH)
+  return jnp.moveaxis(out_BKNH.reshape(B, K, G, T, -1), 3, 1)
 
 
 def places(T: int, S: int, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -149,6 +195,9 @@ def places(T: int, S: int, rows: Rows) -> tuple[jax.Array, jax.Array]:
 
 def mask(T: int, S: int, pattern: Pattern = Pattern(), rows: Rows = Rows()):
   """Which keys a query sees, BTS (B is 1 if all rows are alike)."""
+  if rows.front:
+    seen_BTS = mask(T, S - rows.front, pattern, rows.replace(front=0))
+    return jnp.pad(seen_BTS, [(0, 0), (0, 0), (rows.front, 0)], constant_values=True)
   place_BT1, place_B1S = places(T, S, rows)
   seen_BTS = pattern.seen(place_BT1, place_B1S)
   if rows.prefix_BS is not None:
@@ -159,4 +208,8 @@ def mask(T: int, S: int, pattern: Pattern = Pattern(), rows: Rows = Rows()):
   return seen_BTS
 
 
-IMPLEMENTATIONS = {'reference': reference, 'blocked': attention_blocked.attention}
+IMPLEMENTATIONS = {'reference': reference, 'blocked': _blocked, 'gpu': _apart(attention_gpu.attention),
+                   'hopper': _apart(attention_hopper.attention), 'cudnn': _apart(attention_cudnn.attention)}
+# What of a case each cannot do: functions of (q, k, v, pattern, rows, what is added to scores) -> names.
+LACKING = {'reference': lambda *case: [], 'blocked': attention_blocked.lacking, 'gpu': attention_gpu.lacking,
+           'hopper': attention_hopper.lacking, 'cudnn': attention_cudnn.lacking}

@@ -14,6 +14,17 @@ SMALLEST = 128  # positions of a block
 MOST = 16  # blocks a sequence, which bounds the size of the program
 
 
+def lacking(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, added) -> list[str]:
+  """What of a case is not done here; `added`: names of what is added to scores."""
+  cases = {'both directions': not pattern.causal, 'a window': pattern.window, 'a chunk': pattern.chunk,
+           'a stride': pattern.stride, 'a softcap': pattern.softcap, **dict.fromkeys(added, True),
+           'a prefix': rows.prefix_BS is not None,
+           'places (a cache)': rows.place_BT is not None or rows.place_BS is not None,
+           'segments of keys': rows.segment_BS is not None, 'keys in front': rows.front,
+           'other numbers of queries and keys': k_BSKH.shape[1] != q_BTKGH.shape[1]}
+  return [case for case, there in cases.items() if there]
+
+
 @jax.custom_vjp
 def attention(q_BTKGH, k_BSKH, v_BSKH, segments_BT=None):
   """Causal attention of T = S positions, BTKGH like q; segments_BT numbers the documents of packed rows."""

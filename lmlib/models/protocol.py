@@ -1,4 +1,5 @@
 """What training, serving and evaluation know of an architecture."""
+import dataclasses
 from typing import Any, Protocol
 
 from flax import linen as nn
@@ -19,6 +20,7 @@ class Config(Protocol):
   """
   vocab: int
   length: int  # the longest sequence, in tokens
+  execution: Any  # how it is run: nn.stack.Execution
 
   def model(self) -> nn.Module:
     """The module: apply({'params': params}, tokens_BT, segments_BT, cache, dropout_B) -> (logits_BTV, cache).
@@ -56,12 +58,17 @@ def expert_share(config: Config) -> float:
 
 def boxed(config: Config):
   """Shapes, types and letters of the weights; nothing is computed."""
-  return jax.eval_shape(lambda: config.model().init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))['params']
+  return jax.eval_shape(lambda: _first(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))['params']
 
 
 def new(config: Config, key: jax.Array):
   """New weights; traceable."""
-  return nn.unbox(config.model().init(key, jnp.zeros((1, 1), jnp.int32)))['params']
+  return nn.unbox(_first(config).init(key, jnp.zeros((1, 1), jnp.int32)))['params']
+
+
+def _first(config: Config) -> nn.Module:
+  """The model that weights are made with: of one token, which a kernel that was asked for may not take."""
+  return dataclasses.replace(config, execution=dataclasses.replace(config.execution, attention='auto')).model()
 
 
 def init(config: Config, key: jax.Array):

@@ -7,6 +7,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from lmlib.kernels.attention import IMPLEMENTATIONS
+
 # What the backward pass finds in memory; the rest it computes again.
 REMAT = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matrix products with weights
@@ -21,6 +23,7 @@ class Execution:
   scan: bool = True  # one program for all layers; False: unrolled, which compiles longer and may run faster
   remat: str | None = None  # what the backward pass recomputes: None, 'dots' or 'full'
   dropout: float | None = None  # share of each block's output that training zeroes
+  attention: str = 'auto'  # which of kernels.attention.IMPLEMENTATIONS; decoding with a cache has its own choice
   apart: bool = False  # unrolled, weights and caches of every layer arrays of their own: serve/weights.py makes them
 
   def __post_init__(self):
@@ -28,6 +31,8 @@ class Execution:
       raise ValueError(f"Execution.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
     if self.remat not in (None, *REMAT):
       raise ValueError(f'Execution.remat={self.remat!r} must be None or one of {sorted(REMAT)}')
+    if self.attention not in ('auto', *IMPLEMENTATIONS):
+      raise ValueError(f"Execution.attention={self.attention!r} must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
     if self.dropout is not None and not 0 < self.dropout < 1:
       raise ValueError(f'Execution.dropout={self.dropout} must lie between 0 and 1; None turns it off')
     if self.apart and (self.scan or self.remat is not None or self.dropout is not None):
