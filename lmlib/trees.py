@@ -19,6 +19,22 @@ def flat(tree) -> dict:
   return {'/'.join(map(word, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def replaced(tree: dict, leaves: dict) -> dict:
+  """`tree` with each of `leaves` at its path, whether or not there was one; no array is copied."""
+  tree = dict(tree)
+  for path, leaf in leaves.items():
+    first, *rest = path.split('/', 1)
+    tree[first] = replaced(tree.get(first, {}), {rest[0]: leaf}) if rest else leaf
+  return tree
+
+
+def at(tree: dict, path: str):
+  """What a tree holds at a path, such as 'blocks/mlp/up'; None if nothing."""
+  for key in path.split('/'):
+    tree = tree.get(key) if isinstance(tree, dict) else None
+  return tree
+
+
 def count(tree) -> int:
   """How many numbers a tree of arrays (or of their shapes) holds."""
   return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(tree))

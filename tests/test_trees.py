@@ -120,3 +120,14 @@ def test_a_checksum_of_what_has_no_bits_to_show_is_refused():
 def test_sizes():
   assert trees.count(weights()) == 32 + LAYERS * 36
   assert trees.nbytes(weights()) == 4 * trees.count(weights())
+
+
+def test_places_of_a_tree_are_read_and_replaced_without_copies():
+  tree = {'blocks': {'mlp': {'up': np.ones(3)}}, 'norm': np.zeros(2)}
+  assert trees.at(tree, 'blocks/mlp/up') is tree['blocks']['mlp']['up']
+  assert trees.at(tree, 'blocks/mlp/up/a') is None
+  assert trees.at(tree, 'blocks/attention') is None
+  changed = trees.replaced(tree, {'blocks/mlp/up': 5, 'blocks/attention/q': 7})
+  assert trees.flat(changed) == {'blocks/attention/q': 7, 'blocks/mlp/up': 5, 'norm': tree['norm']}
+  assert changed['norm'] is tree['norm']
+  assert 'attention' not in tree['blocks'], 'the tree itself stays'

@@ -167,11 +167,12 @@ def _few(names: list[str]) -> str:
 class Writer:
   """Writes tensors, whose shapes are known, into files of at most `longest` bytes of data, in any order.
 
-  A tensor that is larger has a file of its own. close() says what is missing and syncs; the index comes last.
+  A tensor that is larger has a file of its own; `single` is what the file is called if it is one. close() says what
+  is missing and syncs; the index comes last.
   """
 
   def __init__(self, folder: pathlib.Path, tensors: dict[str, tuple[tuple[int, ...], np.dtype]], *,
-               longest: int = 5_000_000_000):
+               longest: int = 5_000_000_000, single: str = FILE):
     self._places, self._files, self._left = {}, [], set(tensors)
     shards, size = [[]], 0
     for name, (shape, dtype) in tensors.items():
@@ -181,7 +182,7 @@ class Writer:
         size = 0
       shards[-1].append((name, shape, dtype, nbytes))
       size += nbytes
-    names = [FILE] if len(shards) == 1 else [
+    names = [single] if len(shards) == 1 else [
         f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards):
       self._begin(folder / name, shard)

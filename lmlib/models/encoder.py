@@ -2,7 +2,8 @@
 
 With nothing said it has the shape of BERT: learned positions, post-norm LayerNorm, biases everywhere, a norm of the
 embedding, and a head that scores hidden tokens by the table that embeds them. Next-sentence prediction is left out;
-its pooler, which other heads use too, is there if asked for. Dropout is that of the blocks alone.
+its pooler is there if asked for, and so are scores of classes of a text, made of the pooler's output. Dropout is that
+of the blocks alone.
 """
 import dataclasses
 
@@ -28,10 +29,16 @@ class Ends:
   final_norm: bool = False  # a norm after the last block; post-norm blocks end in one
   predicts: bool = True  # a head that scores the tokens of hidden places
   pooler: bool = False  # a tanh layer on the first token's state
+  classes: int | None = None  # of a text, scored from the pooler's output
 
   def __post_init__(self):
     if self.types is not None and (not isinstance(self.types, int) or self.types < 1):
       raise ValueError(f'encoder.Ends.types={self.types!r} must be a positive integer; None turns them off')
+    if self.classes is not None and (not isinstance(self.classes, int) or self.classes < 1):
+      raise ValueError(f'encoder.Ends.classes={self.classes!r} must be a positive integer; None: a text has no classes')
+    if self.classes is not None and (self.predicts or not self.pooler):
+      raise ValueError(f'encoder.Ends.classes={self.classes} are scored from a pooler, and tokens then are not: '
+                       f'pooler={self.pooler} must be True and predicts={self.predicts} False')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +87,8 @@ class Encoder(nn.Module):
   @property
   def sizes(self) -> dict[str, int]:
     cfg = self.cfg
-    return dict(V=cfg.vocab, D=cfg.width, F=cfg.width, S=cfg.length + cfg.positions.offset, U=cfg.ends.types)
+    return dict(V=cfg.vocab, D=cfg.width, F=cfg.width, S=cfg.length + cfg.positions.offset, U=cfg.ends.types,
+                Y=cfg.ends.classes)
 
   def setup(self):
     cfg, ends = self.cfg, self.cfg.ends
@@ -101,6 +109,9 @@ class Encoder(nn.Module):
     if ends.pooler:
       self.pooler_DF = layers.weight(self, 'pooler', 'DF', 'D')
       self.pooler_bias_F = layers.bias(self, 'pooler_bias', 'F')
+    if ends.classes is not None:
+      self.classifier_FY = layers.weight(self, 'classifier', 'FY', 'F')
+      self.classifier_bias_Y = layers.bias(self, 'classifier_bias', 'Y')
 
   def encode(self, tokens_BT, segments_BT=None, dropout_B=None, positions_BT=None, types_BT=None):
     """The state of every token, BTD.
@@ -129,6 +140,13 @@ class Encoder(nn.Module):
     x_BD, dtype = x_BTD[:, 0], x_BTD.dtype
     return jnp.tanh(x_BD @ self.pooler_DF.astype(dtype) + self.pooler_bias_F.astype(dtype)[None])
 
+  def classified(self, x_BTD):
+    """Scores of the classes of a text that begins a row of states, BY in float32."""
+    if self.cfg.ends.classes is None:
+      raise ValueError('encoder.Ends.classes=None: this encoder has no classes of texts')
+    scores_BY = layers.product('BF,FY->BY', self.pooled(x_BTD), self.classifier_FY.astype(x_BTD.dtype))
+    return scores_BY.astype(jnp.float32) + self.classifier_bias_Y[None]
+
   def hidden(self, tokens_BT, segments_BT=None, cache=None, dropout_B=None, positions_BT=None, types_BT=None):
     """(x, None, {}): what unembed() scores, the head's transformed states and a one for its bias, BT(D+1)."""
     if cache is not None:
@@ -148,8 +166,10 @@ class Encoder(nn.Module):
   def __call__(self, tokens_BT, segments_BT=None, cache=None, dropout_B=None, positions_BT=None, types_BT=None):
     """Logits of the token of each place, BTV in float32, and None, since there is no cache.
 
-    Without a head that scores tokens, their states, BTD.
+    With classes of texts the scores of those, BY; without a head that scores anything, the states, BTD.
     """
+    if self.cfg.ends.classes is not None:
+      return self.classified(self.encode(tokens_BT, segments_BT, dropout_B, positions_BT, types_BT)), None
     if not self.cfg.ends.predicts:
       return self.encode(tokens_BT, segments_BT, dropout_B, positions_BT, types_BT), None
     x_BTD, _, _ = self.hidden(tokens_BT, segments_BT, cache, dropout_B, positions_BT, types_BT)

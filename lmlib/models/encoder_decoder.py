@@ -112,15 +112,15 @@ class WritingBlock(Block):
     layer, kv, crossed = per_layer
     cfg, norm, drop = self.cfg, self.cfg.norms.norm, self.dropping(3, layer, dropout_B)
     cross = CrossAttention(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_width, cfg.sees_all, cfg.norms.epsilon,
-                           self.out_scale, name='cross_attention')
+                           self.out_scale, cfg.execution.attention, name='cross_attention')
 
     x_BTD = sharding.constrain(x_BTD, 'BTD')
     y_BTD, kv = self.attend(norm('attention_norm')(x_BTD), places, layer, kv)
-    x_BTD += drop(y_BTD, 0)
+    x_BTD += drop(layers.after(self, 'attention_bottleneck', y_BTD), 0)
     y_BTD, crossed = cross(norm('cross_attention_norm')(x_BTD), memory, crossed)
-    x_BTD += drop(y_BTD, 1)
+    x_BTD += drop(layers.after(self, 'cross_attention_bottleneck', y_BTD), 1)
     y_BTD, _ = self.feed(norm('mlp_norm')(x_BTD), places)
-    return x_BTD + drop(y_BTD, 2), (kv, crossed if memory.kept else None)
+    return x_BTD + drop(layers.after(self, 'mlp_bottleneck', y_BTD), 2), (kv, crossed if memory.kept else None)
 
 
 class Tower(nn.Module):

@@ -53,7 +53,7 @@ class AttentionStyle:
 
 
 class Attention(nn.Module):
-  """Self-attention. `kv`, a layer's (k_BSKH, v_BSKH), makes it decode; None trains."""
+  """Self-attention. `kv`, a layer's (k_BKSH, v_BKSH), makes it decode; None trains."""
   width: int
   heads: int
   kv_heads: int
@@ -61,6 +61,7 @@ class Attention(nn.Module):
   style: AttentionStyle = AttentionStyle()
   epsilon: float = 1e-6  # of QK norm
   out_scale: float = 1.0
+  implementation: str = 'auto'  # of kernels.attention, over whole rows
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -87,7 +88,11 @@ class Attention(nn.Module):
       rows = rows.replace(place_BS=coming.places_BS)
       if coming.fresh and not any(pattern.chunk or pattern.stride for pattern in self.style.kinds):
         rows = Rows(segment_BT=coming.real_BT)  # the same, and blocked attention can do it
-    out_BTKGH = sharding.constrain(self.attended(q_BTKGH, seen, rows, places, kind), 'BTKGH')
+    if (prefix := layers.beside(self, 'prefix')) is not None:
+      seen, rows = prefix.join(seen), rows.replace(front=prefix.k.shape[0])
+    implementation = self.implementation if kv is None else 'auto'
+    attended_BTKGH = self.attended(q_BTKGH, seen, rows, places, kind, implementation)
+    out_BTKGH = sharding.constrain(attended_BTKGH, 'BTKGH')
     return self.out(out_BTKGH), kv
 
   def out(self, out_BTKGH):
@@ -124,11 +129,12 @@ class Attention(nn.Module):
       return turns[local[0]]
     return jax.tree.map(lambda *both: jnp.stack(both)[jnp.asarray(local)[kind]], *turns)
 
-  def attended(self, q_BTKGH, seen, rows, places: Places, kind):
+  def attended(self, q_BTKGH, seen, rows, places: Places, kind, implementation: str):
     """What the heads read, BTKGH, by the pattern of this layer's kind."""
     sink_KG = layers.bias(self, 'sink_bias', 'KG') if self.style.sinks else None
     attend = lambda pattern, q, kv: kernel.attention(
-        q, *kv, pattern, rows, slope_KG=places.slope_KG, bias_BKGTS=places.bias_BKGTS, sink_KG=sink_KG)
+        q, *kv, pattern, rows, slope_KG=places.slope_KG, bias_BKGTS=places.bias_BKGTS, sink_KG=sink_KG,
+        implementation=implementation)
     branches = [functools.partial(attend, pattern) for pattern in self.style.kinds]
     if len(branches) == 1:
       return branches[0](q_BTKGH, seen)

@@ -65,11 +65,14 @@ class Block(nn.Module):
     x_BTD = sharding.constrain(x_BTD, 'BTD')
     read_BTD = before(x_BTD, 'attention')
     y_BTD, kv = self.attend(read_BTD, places, layer, kv)
+    y_BTD = layers.after(self, 'attention_bottleneck', y_BTD)
     if norms.parallel is not None:
       z_BTD, sums = self.feed(read_BTD if norms.parallel == 'one norm' else before(x_BTD, 'mlp'), places)
+      z_BTD = layers.after(self, 'mlp_bottleneck', z_BTD)
       return x_BTD + drop(y_BTD, 0) + drop(z_BTD, 1), (kv, sums)
     x_BTD = after(x_BTD + drop(out(y_BTD, 'attention'), 0), 'attention')
     y_BTD, sums = self.feed(before(x_BTD, 'mlp'), places)
+    y_BTD = layers.after(self, 'mlp_bottleneck', y_BTD)
     return after(x_BTD + drop(out(y_BTD, 'mlp'), 1), 'mlp'), (kv, sums)
 
   @property
@@ -93,7 +96,8 @@ class Block(nn.Module):
     """Attention of x, BTD, and what a cache keeps of it."""
     cfg = self.cfg
     return Attention(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_width, self.style, cfg.norms.epsilon,
-                     self.out_scale, name='attention')(x_BTD, places, self.style.kind(layer), kv)
+                     self.out_scale, cfg.execution.attention, name='attention')(
+                         x_BTD, places, self.style.kind(layer), kv)
 
   def feed(self, x_BTD, places: Places):
     """The hidden layer of x, BTD, and sums over its tokens to report or to train on, by name."""

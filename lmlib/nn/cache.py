@@ -1,7 +1,8 @@
 """What decoding remembers of every layer, and the tokens, for rows of different lengths.
 
-A layer's arrays are what its attention keeps of each place: keys and values, or less. Place p of a row lies in
-slot p, or in slot p modulo their number where layers see no further back than that (a ring).
+A layer's arrays are what its attention keeps of each place: keys and values, or less. Places are the axis before
+the last, behind that of heads, so that products with a head's keys read them where they are. Place p of a row lies
+in slot p, or in slot p modulo their number where layers see no further back than that (a ring).
 """
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 @struct.dataclass
 class Cache:
   """What row b knows of its first used_B[b] places."""
-  layers: Any  # arrays LBS..., such as (k_LBSKH, v_LBSKH), or a list of L times BS... (stack.Apart)
+  layers: Any  # arrays such as (k_LBKSH, v_LBKSH) or (c_LBSR, r_LBSP), or a list of L without L (stack.Apart)
   used_B: jax.Array
   tokens_BS: jax.Array  # what the places hold; their number is the cache's length
   slots: int = struct.field(pytree_node=False)  # places that are kept; fewer than the length: the last ones
@@ -26,7 +27,7 @@ class Cache:
     window: no layer sees further back than so many places, which is all that is kept.
     """
     slots = length if window is None else min(window, length)
-    arrays = tuple(jnp.zeros((layers, batch, slots, *shape), dtype) for shape in shapes)
+    arrays = tuple(jnp.zeros((layers, batch, *shape[:-1], slots, shape[-1]), dtype) for shape in shapes)
     return cls(arrays, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, length), jnp.int32), slots, fresh=True)
 
   @property
@@ -36,6 +37,20 @@ class Cache:
   @property
   def ring(self) -> bool:
     return self.slots < self.length
+
+  def spared(self, places: int) -> 'Cache':
+    """An empty cache like this one from which the last `places` tokens can be taken back.
+
+    A ring gets so many slots more: new tokens push out no place that is seen from before them.
+    """
+    assert self.fresh
+    slots = min(self.slots + places, self.length) if self.ring else self.slots
+    grown = lambda x: jnp.zeros((*x.shape[:-2], slots, x.shape[-1]), x.dtype)
+    return self.replace(layers=jax.tree.map(grown, self.layers), slots=slots)
+
+  def back(self, used_B) -> 'Cache':
+    """The cache with only the first used_B places of each row filled; of a ring, see spared()."""
+    return self.replace(used_B=used_B)
 
   def last(self) -> jax.Array:
     """B int32: the token of each row's last filled place, -1 where none is."""
@@ -58,6 +73,10 @@ class Cache:
     slot_BT = jnp.where(coming.place_BT >= 0, coming.place_BT, self.length)
     return Cache(layers, coming.used_B, put(self.tokens_BS, tokens_BT, slot_BT), self.slots, fresh=False)
 
+  def take(self, row_B) -> 'Cache':
+    """The cache of these rows, in this order; a row may come several times, and goes on by itself then."""
+    return self.replace(layers=taken(self.layers, row_B), used_B=self.used_B[row_B], tokens_BS=self.tokens_BS[row_B])
+
 
 @struct.dataclass
 class Coming:
@@ -72,7 +91,7 @@ class Coming:
   fresh: bool = struct.field(pytree_node=False)
 
   def put(self, old, new):
-    """A layer's arrays BS... with the new entries BT... in."""
+    """A layer's arrays, such as BKSH, with the new entries, such as BTKH, in."""
     slot_BT = jnp.where(self.place_BT >= 0, self.place_BT, self.slots)
     if self.ring:  # of more tokens than slots the last stay
       kept_BT = (self.place_BT >= 0) & (self.place_BT >= self.used_B[:, None] - self.slots)
@@ -80,13 +99,14 @@ class Coming:
     return jax.tree.map(lambda old, new: put(old, new, slot_BT), old, new)
 
   def join(self, old, new):
-    """(what the queries of the new tokens may look at, BS... arrays at places_BS; a layer's arrays afterwards)."""
+    """(what queries of the new tokens may look at, such as BSKH, at places_BS; a layer's arrays afterwards)."""
     after = self.put(old, new)
     if self.fresh:
       return new, after
+    seen = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 1), old if self.pushes else after)
     if self.pushes:
-      return jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1), old, new), after
-    return after, after
+      seen = jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1), seen, new)
+    return seen, after
 
   @property
   def pushes(self) -> bool:
@@ -107,7 +127,13 @@ def held(used_B, slots: int) -> jax.Array:
   return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
 
 
-def put(old_BS, new_BT, slot_BT):
-  """Writes T new entries of each row into its slots; a slot beyond the last is nowhere."""
-  row_B1 = jnp.arange(old_BS.shape[0])[:, None]
-  return old_BS.at[row_B1, slot_BT].set(new_BT.astype(old_BS.dtype), mode='drop')
+def taken(layers, row_B):
+  """What layers keep of these rows: of arrays LBS... in tuples, which may be nested, and of lists of BS... a layer."""
+  of = lambda x: jax.tree.map(lambda x_BS: x_BS[row_B], x) if isinstance(x, list) else x[:, row_B]
+  return jax.tree.map(of, layers, is_leaf=lambda x: isinstance(x, list))
+
+
+def put(old, new, slot_BT):
+  """Writes T new entries of each row, such as BTKH, into its slots of BKSH; a slot beyond the last is nowhere."""
+  heads = (slice(None),) * (old.ndim - 3)
+  return old.at[jnp.arange(old.shape[0])[:, None], *heads, slot_BT].set(new.astype(old.dtype), mode='drop')

@@ -12,7 +12,7 @@ from lmlib import sharding
 from lmlib.kernels import attention as kernel
 from lmlib.kernels.attention import Rows
 from lmlib.nn.attention import Attention
-from lmlib.nn.cache import Cache
+from lmlib.nn.cache import Cache, taken
 
 
 @struct.dataclass
@@ -38,6 +38,11 @@ class CrossCache:
   def length(self) -> int:
     return self.own.length
 
+  def take(self, row_B) -> 'CrossCache':
+    """The cache of these rows, in this order, with what was read for each: see Cache.take."""
+    segments_BS = None if self.input_segments_BS is None else self.input_segments_BS[row_B]
+    return CrossCache(self.own.take(row_B), taken(self.crossed, row_B), segments_BS)
+
 
 class CrossAttention(Attention):
   """Queries of x, keys and values of a memory. Positions do not enter, every query sees all of its document."""
@@ -46,9 +51,11 @@ class CrossAttention(Attention):
   def __call__(self, x_BTD, memory: Memory, kv=None):
     """Returns attention of x, BTD, and the keys and values (k_BSKH, v_BSKH), which `kv` gives where it is not None."""
     q_BTKGH = self.normed(self.into(x_BTD, 'q', 'KGH'), 'q_norm')
+    implementation = self.implementation if kv is None else 'auto'
     if kv is None:
       k_BSKH, v_BSKH = self.into(memory.x_BSD, 'k', 'KH'), self.into(memory.x_BSD, 'v', 'KH')
       kv = self.normed(k_BSKH, 'k_norm'), v_BSKH
     pattern, = self.style.kinds
-    out_BTKGH = sharding.constrain(kernel.attention(q_BTKGH, *kv, pattern, memory.rows), 'BTKGH')
+    attended_BTKGH = kernel.attention(q_BTKGH, *kv, pattern, memory.rows, implementation=implementation)
+    out_BTKGH = sharding.constrain(attended_BTKGH, 'BTKGH')
     return self.out(out_BTKGH), kv

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from lmlib import sharding
 from lmlib.nn import layers
-from lmlib.nn.bigrams import Bigrams, before
+from lmlib.nn.bigrams import Bigrams
+from lmlib.nn.bigrams import before as token_before
 from lmlib.nn.block import Block
 from lmlib.nn.cache import Cache
 from lmlib.nn.places import Places, places
@@ -116,10 +117,14 @@ class Decoder(nn.Module):
     too: both as packing.Batches gives them, and without a cache only.
     """
     cfg, T = self.cfg, tokens_BT.shape[1]
-    length = T if cache is None else cache.length
-    if length > cfg.length:
-      raise ValueError(f'a sequence of {length} tokens is longer than length={cfg.length} of {type(cfg).__module__}')
-    here = self.placed(places(tokens_BT, segments_BT, cache, positions_BT, prefix_BT))
+    length, front = T if cache is None else cache.length, layers.beside(self, 'front')
+    before = 0 if front is None else front.count  # virtual tokens
+    if length + before > cfg.length:
+      virtual = f' with {before} virtual ones in front' if before else ''
+      raise ValueError(f'a sequence of {length} tokens{virtual} is longer than length={cfg.length} of '
+                       f'{type(cfg).__module__}')
+    here = places(tokens_BT, segments_BT, cache, positions_BT, prefix_BT)
+    here = self.placed(here.replace(positions_BT=here.positions_BT + before) if before else here)
     x_BTD = self.embedded(tokens_BT, segments_BT, cache, here)
     x_BTD, kept, sums = self.run_blocks(x_BTD, None if cache is None else cache.layers, here, dropout_B)
     if cache is not None:
@@ -146,7 +151,7 @@ class Decoder(nn.Module):
     if ends.scale is not None:
       x_BTD *= jnp.asarray(ends.scale, dtype)
     if ends.bigrams is not None:
-      before_BT = before(tokens_BT, segments_BT, None if cache is None else cache.last())
+      before_BT = token_before(tokens_BT, segments_BT, None if cache is None else cache.last())
       x_BTD += self.bigrams(tokens_BT, before_BT)
     if isinstance(cfg.positions, Learned):
       x_BTD += self.table_SD.astype(dtype)[here.positions_BT + cfg.positions.offset]

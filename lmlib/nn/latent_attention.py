@@ -61,6 +61,7 @@ class LatentAttention(nn.Module):
   heads: int
   style: LatentStyle = LatentStyle()
   out_scale: float = 1.0
+  implementation: str = 'auto'  # of kernels.attention, over whole rows
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -88,24 +89,27 @@ class LatentAttention(nn.Module):
       rows = rows.replace(place_BS=places.coming.places_BS)
     absorbed = kept is not None and self.style.absorbs(x_BTD.shape[1], seen[0].shape[1])
     attend = self.absorbed if absorbed else self.plain
-    out_BTKW = attend((q_BTKH, turned_BTKP), seen, rows, k_RKH, v_RKW)
+    implementation = self.implementation if kept is None else 'auto'
+    out_BTKW = attend((q_BTKH, turned_BTKP), seen, rows, k_RKH, v_RKW, implementation)
     out_KWD = layers.weight(self, 'out', 'KWD', 'KW', self.out_scale).astype(dtype)
     return layers.product('BTKW,KWD->BTD', sharding.constrain(out_BTKW, 'BTKW'), out_KWD), kept
 
-  def plain(self, q, seen, rows, k_RKH, v_RKW):
+  def plain(self, q, seen, rows, k_RKH, v_RKW, implementation: str):
     """Attention with the keys and values that the latents stand for, BTKW."""
-    c_BSR, r_BSP = (x.astype(k_RKH.dtype) for x in seen)
+    c_BSR, r_BSP = (x.astype(q[0].dtype) for x in seen)
     k_BSKH, v_BSKW = layers.product('BSR,RKH->BSKH', c_BSR, k_RKH), layers.product('BSR,RKW->BSKW', c_BSR, v_RKW)
     r_BSKP = jnp.broadcast_to(r_BSP[:, :, None], (*k_BSKH.shape[:3], r_BSP.shape[-1]))
     q_BTKGH = jnp.concatenate(q, -1)[:, :, :, None]
     k_BSKH = jnp.concatenate([k_BSKH, r_BSKP], -1)
-    return kernel.attention(q_BTKGH, k_BSKH, v_BSKW, self.style.pattern, rows)[:, :, :, 0]
+    return kernel.attention(q_BTKGH, k_BSKH, v_BSKW, self.style.pattern, rows,
+                            implementation=implementation)[:, :, :, 0]
 
-  def absorbed(self, q, seen, rows, k_RKH, v_RKW):
+  def absorbed(self, q, seen, rows, k_RKH, v_RKW, implementation: str):
     """The same, of one key head of width R + P whose values are the latents."""
-    c_BSR, r_BSP = (x.astype(k_RKH.dtype) for x in seen)
-    q_BTKR = jnp.einsum('BTKH,RKH->BTKR', q[0], k_RKH)
+    c_BSR, r_BSP = (x.astype(q[0].dtype) for x in seen)
+    q_BTKR = jnp.einsum('BTKH,RKH->BTKR', q[0], layers.array(k_RKH))
     q_BTGH = jnp.concatenate([q_BTKR, q[1]], -1)[:, :, None]
     k_BSH = jnp.concatenate([c_BSR, r_BSP], -1)[:, :, None]
-    out_BTKR = kernel.attention(q_BTGH, k_BSH, c_BSR[:, :, None], self.style.pattern, rows)[:, :, 0]
-    return jnp.einsum('BTKR,RKW->BTKW', out_BTKR, v_RKW)
+    out_BTKR = kernel.attention(q_BTGH, k_BSH, c_BSR[:, :, None], self.style.pattern, rows,
+                                implementation=implementation)[:, :, 0]
+    return jnp.einsum('BTKR,RKW->BTKW', out_BTKR, layers.array(v_RKW))

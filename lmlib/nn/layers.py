@@ -2,12 +2,20 @@
 
 Weights are stored in float32 and cast to the activations' type where they are used; norms
 run in float32 (Ba et al. 2016 for LayerNorm, Zhang and Sennrich 2019 for RMSNorm).
+
+In the place of an array the tree of weights may hold something that stands for one: a quantised array, or one with an
+adapter (adapters.py). It knows array(), astype() and, if it is Adapted, its own product; whatever else a model
+finds beside its weights it asks for with beside().
 """
+import dataclasses
 import math
+from typing import Any
 
 from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmlib.sharding import Lettered
 
@@ -16,8 +24,10 @@ def weight(module: nn.Module, name: str, axes: str, fan_in: str, scale: float = 
   """A float32 weight of `module`, one letter an axis, of standard deviation scale / sqrt(fan in).
 
   The sizes come from `module.sizes`, a mapping from letters; the fan in is the product of the sizes of
-  the letters `fan_in`, 1 if there are none.
+  the letters `fan_in`, 1 if there are none. What stands for an array in the tree of weights comes as it is.
   """
+  if (found := beside(module, name)) is not None and not isinstance(found, (jax.Array, np.ndarray)):
+    return found
   shape = tuple(module.sizes[a] for a in axes)
   deviation = scale / math.prod(module.sizes[a] for a in fan_in) ** 0.5
   return module.param(name, lambda key: Lettered(deviation * jax.random.normal(key, shape, jnp.float32), axes))
@@ -29,12 +39,62 @@ def bias(module: nn.Module, name: str, axes: str) -> jax.Array:
   return module.param(name, lambda key: Lettered(jnp.zeros(shape, jnp.float32), axes))
 
 
+def beside(module: nn.Module, name: str):
+  """What the tree of weights holds for `module` under this name, None if nothing does."""
+  return module.get_variable('params', name)
+
+
+class Beside(struct.PyTreeNode):
+  """What an adapter puts into the tree of weights where a model has none."""
+
+
+class Adapted(struct.PyTreeNode):
+  """A weight with an adapter: what it was, an array or what stands for one, and more of it in other fields.
+
+  Every array of it has the axes in front that the weight has (L, where layers are stacked).
+  """
+  inner: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.inner.shape
+
+  def product(self, equation: str, x) -> jax.Array:
+    """The product() of x with this weight."""
+    raise NotImplementedError
+
+  def array(self) -> jax.Array:
+    """The weight with its adapter in it, as one array."""
+    raise NotImplementedError
+
+  def astype(self, dtype) -> 'Adapted':
+    """The same, to be computed with in another type."""
+    names = [field.name for field in dataclasses.fields(self) if field.metadata.get('pytree_node', True)]
+    return self.replace(**{name: getattr(self, name).astype(dtype) for name in names})
+
+
+def after(module: nn.Module, name: str, x_BTD):
+  """x, or what an adapter of this name beside `module` makes of it."""
+  adapter = beside(module, name)
+  return x_BTD if adapter is None else adapter(x_BTD)
+
+
+def array(w) -> jax.Array:
+  """The array that a weight is, or stands for."""
+  return w if isinstance(w, (jax.Array, np.ndarray)) else w.array()
+
+
 def product(equation: str, x, w) -> jax.Array:
   """einsum of activations with a weight, such as ('BTD,DKGH->BTKGH', x, w), as one product of matrices.
 
   The letters summed over end x and begin w. The same numbers as jnp.einsum, but the gradient of w then
-  sums over one axis of length B * T, for which XLA on CPU needs no transposed copies.
+  sums over one axis of length B * T, for which XLA on CPU needs no transposed copies. What stands for an array is
+  made into one again by the backward pass, and not kept for it.
   """
+  if isinstance(w, Adapted):
+    return w.product(equation, x)
+  if not isinstance(w, (jax.Array, np.ndarray)):
+    return jax.checkpoint(lambda x, w: product(equation, x, w.array()))(x, w)
   inputs, out = equation.split('->')
   x_axes, w_axes = inputs.split(',')
   shared = ''.join(a for a in w_axes if a in x_axes)

@@ -82,7 +82,8 @@ class MixtureOfExperts(nn.Module):
     here_M = jnp.minimum(expert_M, self.experts.count - 1)
 
     def product(x_MF, name: str, axes: str, fan_in: str, scale: float = 1.0):
-      w_EFF = sharding.constrain(layers.weight(self, name, f'E{axes}', fan_in, scale).astype(x_MD.dtype), f'E{axes}')
+      w_EFF = layers.array(layers.weight(self, name, f'E{axes}', fan_in, scale).astype(x_MD.dtype))
+      w_EFF = sharding.constrain(w_EFF, f'E{axes}')
       y_MF = grouped_matmul(x_MF, w_EFF, sizes_E, most=most)
       if style.bias:
         y_MF += layers.bias(self, f'{name}_bias', f'E{axes[-1]}').astype(x_MD.dtype)[here_M]

@@ -46,13 +46,14 @@ def _name(path) -> str:
 def fans(axes: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The axes of a matrix that its product sums over, and those it makes: ((1,), (2, 3)) for 'LDKH'.
 
-  D in front reads the residual stream, Q and R read a latent, and D at the end writes to the stream; all other
-  axes, but the stacked ones, are the other side. Without D at an end a matrix of two axes maps the first to the second.
+  D in front reads the residual stream, Q and R read a latent, A what an adapter made small; D at the end writes to the
+  stream, A makes small; all other axes, but the stacked ones, are the other side. Without one of these at an end a
+  matrix of two axes maps the first to the second.
   Raises ValueError for any other letters.
   """
   where = tuple(range(stacked(axes), len(axes)))
-  if axes[where[0]] in 'DQR' or len(where) == 2:
+  if axes[where[0]] in 'DQRA' or len(where) == 2:
     return where[:1], where[1:]
-  if axes.endswith('D'):
+  if axes.endswith(('D', 'A')):
     return where[:-1], where[-1:]
-  raise ValueError(f'weight axes {axes!r}: D at neither end, so fan-in and fan-out are unknown')
+  raise ValueError(f'weight axes {axes!r}: D or A at neither end, so fan-in and fan-out are unknown')

@@ -1,6 +1,8 @@
-"""Where the state of an optimizer lives: moments beside their weights, the rest everywhere."""
+"""Where the state of an optimizer lives, moments beside their weights, the rest everywhere; and what it takes."""
 import jax
 import optax
+
+from lmlib import trees
 
 
 def state_shardings(transformation: optax.GradientTransformation, shapes, shardings, replicated):
@@ -20,3 +22,8 @@ def state_shardings(transformation: optax.GradientTransformation, shapes, shardi
   return optax.tree_utils.tree_map_params(
       transformation, placed, jax.eval_shape(transformation.init, shapes), shapes, shardings,
       transform_non_params=lambda _: replicated, is_leaf=masked)
+
+
+def state_bytes(transformation: optax.GradientTransformation, shapes) -> int:
+  """Bytes of the state of an optimizer for these weights, arrays or their shapes; nothing is computed."""
+  return trees.nbytes(jax.eval_shape(transformation.init, shapes))

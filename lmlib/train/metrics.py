@@ -63,6 +63,10 @@ class Record:
     self._recent = [*self._recent[-49:], seconds]
     self._live.show(step, self._steps, line, statistics.median(self._recent) * (self._steps - step))
 
+  def evaluated(self, step: int, scores: dict[str, float]):
+    """Scores of evaluations after a step, for TensorBoard; they keep a file of their own."""
+    self._board.write(step, finite(scores))
+
   def flush(self):
     """Everything written so far survives a loss of power."""
     self._board.flush()
@@ -97,7 +101,7 @@ class Board:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
     values = [Summary.Value(tag=name, simple_value=value)
-              for name, value in scalars.items() if name != 'step' and not isinstance(value, list)]
+              for name, value in scalars.items() if name != 'step' and not isinstance(value, (list, type(None)))]
     with _naming(self._folder):
       self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
@@ -140,12 +144,12 @@ def flattened(metrics: dict) -> dict:
 
 
 def finite(value):
-  """A number or None; the same of what lists and dictionaries hold."""
+  """A number or None, or a text; the same of what lists and dictionaries hold."""
   if isinstance(value, dict):
     return {name: finite(x) for name, x in value.items()}
   if isinstance(value, list):
     return [finite(x) for x in value]
-  return value if math.isfinite(value) else None
+  return value if isinstance(value, str) or math.isfinite(value) else None
 
 
 def peak_memory() -> int:
@@ -167,6 +171,16 @@ def read(path: pathlib.Path) -> list[dict]:
       if not line.endswith(b'\n'):
         return lines[:-1]
   return lines
+
+
+def append(path: pathlib.Path, line: dict):
+  """Adds a line to a file that read() reads, behind its last whole one. OSError, naming the file, if it cannot."""
+  kept = read(path)
+  with _naming(path):
+    if path.exists():
+      os.truncate(path, sum(len(whole) for whole in path.read_bytes().splitlines(keepends=True)[:len(kept)]))
+    with path.open('ab') as file:
+      file.write(json.dumps(finite(line)).encode() + b'\n')
 
 
 def _truncate(path: pathlib.Path, step: int) -> list[dict]:

@@ -13,10 +13,10 @@ from lmlib.models import protocol
 from lmlib.optim.kinds import descended
 from lmlib.optim.state import state_shardings
 
-# loss(params, batch) -> (summed loss, its weight, summed metrics). Sums, not means:
+# loss(params, batch, *frozen) -> (summed loss, its weight, summed metrics). Sums, not means:
 # then microbatches and devices of unequal weight add up to the right average. A metric may be a pair of a sum and
-# a weight of its own.
-Loss = Callable[[Any, Any], tuple[jax.Array, jax.Array, dict[str, Any]]]
+# a weight of its own. `frozen`, if a loss asks for it, is what a step is given and does not change.
+Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, Any]]]
 
 
 @struct.dataclass
@@ -33,21 +33,22 @@ class State:
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1):
-  """Returns step(state, batch) -> (state, metrics), pure and ready to jit.
+  """Returns step(state, batch, *frozen) -> (state, metrics), pure and ready to jit.
 
   Every array of a batch has the batch axis first, a multiple of `microbatches`. Metrics are the
   loss and the loss's own, divided by the weight; norms of gradient (before clipping), parameters
   and update; `finite`, 0 where loss, gradient or update was not and the step changed nothing but `step`.
   """
 
-  def summed(params, batch):
-    total, weight, metrics = loss(params, batch)
+  def summed(params, batch, *frozen):
+    total, weight, metrics = loss(params, batch, *frozen)
     return total, (weight, metrics | {'loss': total})
 
   gradient = jax.grad(summed, has_aux=True)
 
-  def step(state: State, batch):
-    grads, (weight, metrics) = _accumulated(gradient, state.params, batch, microbatches)
+  def step(state: State, batch, *frozen):
+    of_batch = lambda params, batch: gradient(params, batch, *frozen)
+    grads, (weight, metrics) = _accumulated(of_batch, state.params, batch, microbatches)
     grads = jax.tree.map(lambda x: x / weight, grads)
     metrics = {name: x[0] / x[1] if isinstance(x, tuple) else x / weight for name, x in metrics.items()}
     grad_norm = optax.tree.norm(descended(grads))
@@ -88,7 +89,11 @@ def placed(boxed):
 
 def shapes(config: protocol.Config, optimizer: optax.GradientTransformation) -> State:
   """The State of a new run: shapes, types and, inside sharding.use(), where every array is stored."""
-  boxed = protocol.boxed(config)
+  return shapes_of(protocol.boxed(config), optimizer)
+
+
+def shapes_of(boxed, optimizer: optax.GradientTransformation) -> State:
+  """The State of weights with their letters, such as those of an adapter (adapters.boxed)."""
   params = nn.unbox(boxed)
   state = jax.eval_shape(lambda params: State.create(params, optimizer), params)
   if not sharding.in_use():
@@ -103,6 +108,12 @@ def init(config: protocol.Config, optimizer: optax.GradientTransformation, key: 
   made = lambda key: State.create(protocol.new(config, key), optimizer)
   where = jax.tree.map(lambda x: x.sharding, shapes(config, optimizer)) if sharding.in_use() else None
   return jax.jit(made, out_shardings=where)(key)
+
+
+def begun(params, optimizer: optax.GradientTransformation, shapes: State) -> State:
+  """A new run's State of weights that are there, each array where `shapes` stores it."""
+  made = State.create(params, optimizer)
+  return jax.device_put(made, jax.tree.map(lambda x: x.sharding, shapes)) if sharding.in_use() else made
 
 
 def compiled(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int, shapes: State):

@@ -19,6 +19,7 @@ def test_kinds_of_a_tree():
 @pytest.mark.parametrize(('axes', 'fans'), [
     ('DF', ((0,), (1,))), ('LDF', ((1,), (2,))), ('LFD', ((1,), (2,))), ('LEDF', ((2,), (3,))),
     ('DKGH', ((0,), (1, 2, 3))), ('LKGHD', ((1, 2, 3), (4,))), ('LDE', ((1,), (2,))), ('DD', ((0,), (1,))),
+    ('LAKGH', ((1,), (2, 3, 4))), ('LKGHA', ((1, 2, 3), (4,))),
     ('LHF', ((1,), (2,))), ('LQKH', ((1,), (2, 3))), ('RKW', ((0,), (1, 2))), ('LKWD', ((1, 2), (3,)))])
 def test_fans(axes, fans):
   assert kinds.fans(axes) == fans

@@ -67,11 +67,14 @@ class Run:
   def wait(self):
     self.log.append('wait')
 
-  def train(self, steps: int, save_every: int = 100):
+  def evaluated(self, step, scores):
+    self.log.append(f'scores {step} {scores}')
+
+  def train(self, steps: int, save_every: int = 100, **more):
     loader = ((i, f'batch {i}', 0.25) for i in range(self.state.step, steps))
     return loop.train(self.state, self.step, steps=steps, loader=loader, record=self, checkpoints=self,
                       save_every=save_every, rate=lambda i: i / 100, describe=lambda i: [f'documents {i}'],
-                      say=self.said.append)
+                      say=self.said.append, **more)
 
 
 def test_a_step_is_read_while_the_next_one_computes():
@@ -170,3 +173,42 @@ def test_numbers_that_do_not_fit_are_named(changed, message):
     loop.check(**GOOD)
     with pytest.raises(ValueError, match=message):
       loop.check(**(GOOD | changed))
+
+
+def evaluating(run, seconds: float = 0.0):
+  """What evaluates the state of a run, whose step stands for its weights."""
+  def evaluate(params, number):
+    assert params == number == run.lines[-1]['step'], 'the step is written down before'
+    time.sleep(seconds)
+    return {'score': params}
+
+  class State(SimpleNamespace):
+    @property
+    def params(self):
+      return self.step
+
+  plain = run.step
+  run.step = lambda state, batch: (State(step=state.step + 1), plain(state, batch)[1])
+  run.state = State(step=run.state.step)
+  return evaluate
+
+
+def test_evaluations_come_every_so_many_steps_and_after_the_last():
+  run = Run()
+  run.train(5, evaluate=evaluating(run), evaluate_every=2)
+  assert [line for line in run.log if line.startswith('scores')] == [
+      f"scores {n} {{'score': {n}}}" for n in (2, 4, 5)]
+
+
+def test_the_time_of_evaluations_is_no_steps():
+  run = Run(seconds=0.001)
+  run.train(5, evaluate=evaluating(run, 0.2), evaluate_every=1)
+  assert sum(line['seconds'] for line in run.lines) < 0.5 < 5 * 0.2
+
+
+def test_a_run_that_stopped_before_an_evaluation_makes_up_for_it():
+  run = Run(start=4)
+  looked = []
+  evaluating(run)
+  run.train(6, evaluate=lambda params, number: looked.append(number) or {}, evaluate_every=4)
+  assert looked == [4, 6]
