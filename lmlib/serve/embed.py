@@ -20,6 +20,17 @@ def embed(config: protocol.Config, params, rows, pooling: Pooling = Pooling(), *
   """
   if not protocol.encodes(config):
     raise ValueError(f'{type(config).__module__} is a decoder: texts are embedded by an encoder')
+  out = np.zeros((len(rows), config.width), np.float32)
+  for some, tokens_BT, real_BT in batches(config, rows, batch):
+    out[some] = _vectors(config, pooling, params, tokens_BT, real_BT)[:len(some)]
+  return out
+
+
+def batches(config: protocol.Config, rows, batch: int):
+  """Yields the numbers of up to `batch` rows of about the same length, their tokens_BT and where they are, real_BT.
+
+  The last batch is as large as the others. ValueError as embed() has it.
+  """
   if not isinstance(batch, int) or batch < 1:
     raise ValueError(f'batch={batch!r} must be a positive number of rows')
   for i, row in enumerate(rows):
@@ -27,7 +38,7 @@ def embed(config: protocol.Config, params, rows, pooling: Pooling = Pooling(), *
       raise ValueError(f"row {i} has {len(row)} tokens; it must have 1 to the model's length={config.length}")
     if min(row) < 0 or max(row) >= config.vocab:
       raise ValueError(f'row {i} holds tokens from {min(row)} to {max(row)}, outside of vocab={config.vocab}')
-  out, order = np.zeros((len(rows), config.width), np.float32), np.argsort([-len(row) for row in rows], kind='stable')
+  order = np.argsort([-len(row) for row in rows], kind='stable')
   batch = max(1, min(batch, len(rows)))
   for start in range(0, len(rows), batch):
     some = order[start:start + batch]
@@ -35,8 +46,7 @@ def embed(config: protocol.Config, params, rows, pooling: Pooling = Pooling(), *
     tokens_BT, real_BT = np.zeros((batch, T), np.int32), np.zeros((batch, T), np.int32)
     for b, i in enumerate(some.tolist()):
       tokens_BT[b, :len(rows[i])], real_BT[b, :len(rows[i])] = rows[i], 1
-    out[some] = _vectors(config, pooling, params, jnp.asarray(tokens_BT), jnp.asarray(real_BT))[:len(some)]
-  return out
+    yield some, jnp.asarray(tokens_BT), jnp.asarray(real_BT)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

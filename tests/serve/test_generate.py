@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from lmlib.serve import generate as module
+from lmlib.serve import prompts
 from lmlib.serve.generate import generate
+from lmlib.serve.sampling import Sampling
 from tests.laws.models import CONFIGS, made
 
 CONFIG = CONFIGS['dense']
@@ -81,19 +83,21 @@ def test_when_all_rows_have_ended_nothing_more_is_computed(params, greedy):
 def test_all_the_length_can_be_used(params, greedy):
   prompt = (PROMPTS[2] * 5)[:CONFIG.length - NEW]
   assert len(generate(CONFIG, params, [prompt], new=NEW, temperature=0.0)[0]) == NEW
-  assert CONFIG.length < module.ROUND  # so that rounding prompts up would exceed the length
+  assert CONFIG.length < prompts.ROUND  # so that rounding prompts up would exceed the length
 
 
 def test_settings_compile_nothing_new(params):
   generate(CONFIG, params, PROMPTS, new=NEW)
-  before = module._continue._cache_size()
-  generate(CONFIG, params, PROMPTS[::-1], new=NEW, temperature=0.3, top_k=5, seed=9, eos=4)
-  assert module._continue._cache_size() == before
+  before = module._begin._cache_size(), module._more._cache_size()
+  generate(CONFIG, params, PROMPTS[::-1], new=NEW - 1, temperature=0.3, top_k=5, seed=9, eos=4)
+  other = Sampling(0.5, 3, 0.9, 0.01, 0.8, 1.2, 0.1, 0.2, ((3, -np.inf), (4, 1.0)), (5, 6), 2, NEW, seed=4)
+  module.continued(CONFIG, params, PROMPTS, [other, Sampling(most=2), Sampling(forced=(1,) * 6, most=6)])
+  assert (module._begin._cache_size(), module._more._cache_size()) == before
 
 
 @pytest.mark.parametrize(('change', 'expected'), [
     (dict(prompts=[]), 'empty'), (dict(prompts=[[1], []]), 'empty'),
-    (dict(prompts=[[1] * 30]), r'30 tokens and new=6.*length=32'), (dict(new=0), r'new=0'),
+    (dict(prompts=[[1] * 30]), r'30 tokens and new=6.*length=32'), (dict(new=0), 'most=0'),
     (dict(temperature=-1.0), r'temperature=-1.0'), (dict(top_k=0), r'top_k=0'),
     (dict(prompts=[[61, 3]]), r'3 to 61, outside of vocab=61'),
     (dict(prompts=[[-1]]), r'-1 to -1.*vocab=61')])
