@@ -25,7 +25,9 @@ ANSWERS = 'assistant'
 SHOWN = 60  # characters of a text around a fault
 NONCHARACTERS = tuple(map(chr, range(0xfdd0, 0xfdf0)))  # Unicode keeps them free for internal use
 SHAREGPT = {'system': 'system', 'human': 'user', 'user': 'user', 'gpt': ANSWERS, 'assistant': ANSWERS, 'tool': 'tool'}
-POLICIES = ('refuse', 'drop_oldest')
+POLICIES = ('refuse', 'drop_oldest', 'shorten')
+GAP = '\n[...]\n'  # what stands where the text of a question was shortened
+LEAST = 40  # characters that a shortened text keeps, at least
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class Example:
   tokens_T: np.ndarray  # int32
   weight_T: np.ndarray  # float32: 1 where the token belongs to an answer and is learned, 0 elsewhere
   dropped: int = 0  # messages left out at the front because the whole was too long
+  cut: int = 0  # characters taken out of texts that are no answers, for the same reason
 
   def __len__(self) -> int:
     return len(self.tokens_T)
@@ -59,7 +62,8 @@ class Chat:
   """How conversations become examples.
 
   Too long a conversation is refused, or with too_long='drop_oldest' loses its oldest turns, from one user turn to
-  before the next, never its system message, its last question or any part of an answer that stays.
+  before the next, never its system message, its last question or any part of an answer that stays. 'shorten' does
+  that, and where the last turns alone are too long, takes text out of the middle of the longest that is no answer.
   """
   template: str | None = None  # None: the tokeniser's own
   length: int | None = None  # most tokens of an example; None: any number
@@ -96,16 +100,46 @@ class Chat:
     self.check(conversation, tokenizer)
     first = int(conversation[0]['role'] == 'system')
     starts = [i for i in range(first, len(conversation)) if conversation[i]['role'] == 'user'] or [first]
-    for start in starts if self.too_long == 'drop_oldest' else starts[:1]:
-      kept = conversation[:first] + conversation[start if start != starts[0] else first:]
-      if not any(message['role'] == ANSWERS for message in kept):
+    for start in starts if self.too_long != 'refuse' else starts[:1]:
+      turns = conversation[start if start != starts[0] else first:]
+      if not any(message['role'] == ANSWERS for message in turns):
         break
+      kept = conversation[:first] + turns
       tokens_T, weight_T = self._tokens(kept, tokenizer, variables)
       if self.length is None or len(tokens_T) <= self.length:
         return Example(tokens_T, weight_T, len(conversation) - len(kept))
+    if self.too_long == 'shorten' and (found := self._shortened(kept, tokenizer, variables)) is not None:
+      return dataclasses.replace(found, dropped=len(conversation) - len(kept))
     raise ValueError(f'{len(tokens_T)} tokens{" in the last turns alone" if self.too_long != "refuse" else ""}, '
                      f'more than Chat.length={self.length}, with Chat.too_long={self.too_long!r}: '
                      f'{excerpt(conversation)}')
+
+  def _shortened(self, conversation, tokenizer, variables) -> Example | None:
+    """The example of a conversation whose longest texts, but for answers, lost their middle; None if none is long."""
+    kept, cut = list(conversation), 0
+    while True:
+      tokens_T, weight_T = self._tokens(kept, tokenizer, variables)
+      if len(tokens_T) <= self.length:
+        return Example(tokens_T, weight_T, cut=cut)
+      i = max((i for i, message in enumerate(kept) if message['role'] != ANSWERS), default=None,
+              key=lambda i: len(kept[i]['content']))
+      said = '' if i is None else kept[i]['content']
+      # As many characters as the tokens that are too many have in the mean, and a few more.
+      over = 1 + len(said) * (len(tokens_T) - self.length) // len(tokens_T) + len(GAP)
+      if len(said) - over < LEAST:
+        return None
+      head = (len(said) - over) // 2
+      kept[i] = kept[i] | {'content': said[:head] + GAP + said[head + over:]}
+      cut += over
+
+  def check_tokenizer(self, tokenizer: Tokenizer):
+    """ValueError if the tokeniser has no chat template and none is given, or lacks a special that is named here."""
+    if self.template is None and tokenizer.chat_template is None:
+      raise ValueError('the tokenizer has no chat template: give Chat.template, or Loaded.chat_template')
+    for name in (*self.trusted, *(self.end_of_turn or ())):
+      if name not in tokenizer.specials:
+        raise ValueError(f'Chat: {name!r} is no special of the tokenizer, which has '
+                         f'{", ".join(tokenizer.specials) or "none"}')
 
   def check(self, conversation, tokenizer: Tokenizer):
     """ValueError, with the message shown, for what is no conversation with answers."""
@@ -118,6 +152,8 @@ class Chat:
       if message['role'] not in self.roles:
         raise ValueError(f'{where} has the role {message["role"]!r}, none of Chat.roles={self.roles}: '
                          f'{excerpt(message)}')
+      if message['role'] == 'system' and i:
+        raise ValueError(f'{where} is a system turn, which stands first and alone: {excerpt(message)}')
       content = message.get('content')
       calls = message['role'] == ANSWERS and message.get('tool_calls')
       if not (isinstance(content, str) or (content is None and calls)):
@@ -126,16 +162,12 @@ class Chat:
         raise ValueError(f'{where} is an empty turn: {excerpt(message)}')
     if not any(message['role'] == ANSWERS for message in conversation):
       raise ValueError(f'no turn of the {ANSWERS}, so nothing would be learned: {excerpt(conversation)}')
-    for name in (*self.trusted, *(self.end_of_turn or ())):
-      if name not in tokenizer.specials:
-        raise ValueError(f'Chat: {name!r} is no special of the tokenizer, which has '
-                         f'{", ".join(tokenizer.specials) or "none"}')
+    self.check_tokenizer(tokenizer)
 
   def render(self, conversation: list[dict], tokenizer: Tokenizer, *, prompts: bool = False, **variables) -> str:
     """The text that the template writes, with the start of an answer behind it if it `prompts` for one."""
+    self.check_tokenizer(tokenizer)
     template = self.template if self.template is not None else tokenizer.chat_template
-    if template is None:
-      raise ValueError('the tokenizer has no chat template: give Chat.template, or Loaded.chat_template')
     marks = {'bos_token': '', 'eos_token': ''} | {f'{name}_token': said for name, said in tokenizer.marks.items()}
     import jinja2
     try:
