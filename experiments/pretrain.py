@@ -21,7 +21,7 @@ from lmlib.data import objectives
 from lmlib.data import packing as packings
 from lmlib.data.loader import Loader
 from lmlib.data.prepare import prepare
-from lmlib.eval import held_out, perplexity, report
+from lmlib.eval import evaluation, held_out, perplexity, report
 from lmlib.models import protocol
 from lmlib.plan import chips, cost
 from lmlib.serve.generate import generate
@@ -33,14 +33,16 @@ from lmlib.train.workdir import Workdir
 
 def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0,
          packing=packings.Split(), objective=objectives.CAUSAL, loss=losses.NextToken(), length: int | None = None,
-         microbatches: int = 1, save_every: int = 100, keep: int = 2,
-         prompts: tuple = ('import ', 'class ', 'def read(')):
+         microbatches: int = 1, save_every: int = 100, keep: int = 2, evaluations: tuple = (),
+         evaluate_every: int | None = None, prompts: tuple = ('import ', 'class ', 'def read(')):
   """Trains `model` on `data` for `steps` steps of `batch` rows of `length` tokens (None: the model's length).
 
   `data` is a corpus or a mixture of several; `packing` fills rows with documents, `objective` says what of
   them is predicted. Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written;
-  the last `keep` stay. At the end a decoder is scored on the held-out documents and continues each of `prompts`; a
-  model with an encoder, or one that learned to fill in, is scored by what its objective hides in them.
+  the last `keep` stay. `evaluations` (eval/evaluations.py) run every `evaluate_every` steps and after the last; what
+  they find goes to evaluations.jsonl and TensorBoard. At the end a decoder is scored on the held-out documents and
+  continues each of `prompts`; a model with an encoder, or one that learned to fill in, is scored by what its
+  objective hides in them.
   """
   config = gin_text.gin_text('experiments.pretrain.main', locals())
   length = model.length if length is None else length
@@ -50,9 +52,14 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     # What can be known before any work.
     mesh = stack.enter_context(sharding.use(layout))
     loop.check(steps=steps, batch=batch, microbatches=microbatches, length=length, longest=model.length,
-               save_every=save_every, keep=keep, seed=seed)
+               save_every=save_every, keep=keep, seed=seed,
+               evaluate_every=1 if evaluate_every is None else evaluate_every)
     encoder_losses.agree(loss, objective)
     loss.of(model)  # refuses a model of another kind
+    if bool(evaluations) != (evaluate_every is not None):
+      raise ValueError(f'evaluate_every={evaluate_every} and {len(evaluations)} evaluations: both or neither')
+    if evaluations:
+      evaluation.check(evaluations)
     if model.vocab != (needed := objectives.vocabulary(objective, data.vocab)):
       more = '' if needed == data.vocab else f' and the special ids of the objective go up to {needed - 1}'
       raise ValueError(f'the model has vocab={model.vocab}, but the tokenizer of the data has '
@@ -77,6 +84,7 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     if (longest := max(map(len, ids), default=0)) >= model.length:
       raise ValueError(f'prompts: the longest has {longest} tokens, which leaves no room for an answer in '
                        f"the model's length={model.length}")
+    evaluate = evaluation.during(evaluations, model, tokenizer, folder, say=live.say) if evaluations else None
     live.say(prepared.table())
 
     # What it starts from.
@@ -111,7 +119,8 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
       record = metrics.Record(folder, start=start, steps=steps, flops=flops, peak=peak, live=live)
       state = loop.train(state, step, steps=steps, loader=loader, record=record, checkpoints=checkpoints,
                          save_every=save_every, rate=lambda i: optimizer.schedule.rate(i, steps),
-                         describe=batches.describe, say=live.say)
+                         describe=batches.describe, evaluate=evaluate, evaluate_every=evaluate_every,
+                         say=live.say)
 
     # What it has learned.
     stack.enter_context(health.stopping('stopped after training, which is saved: '

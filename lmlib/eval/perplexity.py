@@ -1,9 +1,10 @@
-"""How well a model predicts whole documents it has not seen: bits per byte and perplexity.
+"""How well a model predicts whole documents it has not seen: bits per byte and per character, and perplexity.
 
 Bits per byte do not depend on the tokeniser and compare with compressors: a model at 1.4 bits per
 byte could compress the text to 1.4 / 8 of its size (Delétang et al. 2024).
 """
 import bz2
+from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
 import gzip
@@ -13,8 +14,10 @@ import math
 import jax
 import numpy as np
 
+from lmlib.data.store import Store
+from lmlib.eval import loglikelihood
+from lmlib.eval.significance import Interval, interval
 from lmlib.models import protocol
-from lmlib.train.losses import NextToken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +25,18 @@ class Score:
   nats: float  # of all tokens after the first of each document, its end included
   tokens: int
   bytes: int
+  characters: int | None = None  # None: not counted
+
+  @property
+  def bits_per_character(self) -> float:
+    """ValueError where characters were not counted."""
+    if self.characters is None:
+      raise ValueError('the characters of these documents were not counted: score texts, or a store by_source')
+    return bits(self.nats) / self.characters
 
   @property
   def bits_per_byte(self) -> float:
-    return self.nats / math.log(2) / self.bytes
+    return bits(self.nats) / self.bytes
 
   @property
   def nats_per_token(self) -> float:
@@ -41,25 +52,91 @@ class Score:
 
 
 def score(config: protocol.Config, params, documents, *, length: int, stride: int, batch: int = 8) -> Score:
-  """Scores every token of every document.
+  """The score of all documents together; see each()."""
+  return total(each(config, params, documents, length=length, stride=stride, batch=batch))
 
-  documents: pairs (tokens, bytes), tokens with the mark of beginning first, which is not scored. A document
-  longer than `length` is read in windows `stride` apart; each token is scored once, in the first window
-  that holds it, so with at least length - stride tokens before it (except at the document's start).
+
+def each(config: protocol.Config, params, documents, *, length: int, stride: int, batch: int = 8) -> Iterator[Score]:
+  """Scores every token of every document; yields a Score a document, in their order.
+
+  documents: (tokens, bytes) or (tokens, bytes, characters), tokens with the mark of beginning first, which is not
+  scored. A document longer than `length` is read in windows `stride` apart; each token is scored once, in the first
+  window that holds it, so with at least length - stride tokens before it (except at the document's start).
+  ValueError for windows that do not fit, and for a model that is no decoder alone.
   """
   if not 0 < stride <= length <= config.length:
     raise ValueError(f'stride={stride} and length={length} must satisfy 0 < stride <= length <= {config.length}')
-  loss = jax.jit(lambda params, batch: NextToken().of(config)(params, batch)[2]['nats'])
-  rows, nats, tokens, size = [], [], 0, 0
-  for ids, number in documents:
-    rows += list(windows(ids, length, stride))
-    tokens, size = tokens + len(ids) - 1, size + number
+  if protocol.encodes(config):
+    raise ValueError(f'{type(config).__module__} has an encoder: perplexity is of a decoder alone, see held_out.py')
+  rows, waiting = [], []  # windows with the number of their document; [nats, windows left, the document's sizes]
+  first = 0  # the number of the document that waits longest
+
+  def scored(some):
+    for (i, *_), nats in zip(some, np.asarray(_nats(config, params, _batch([row[1:] for row in some], batch, length)))):
+      waiting[i - first][0] += float(nats)
+      waiting[i - first][1] -= 1
+
+  for number, (ids, *sizes) in enumerate(documents):
+    new = [(number, *window) for window in windows(ids, length, stride)]
+    rows += new
+    waiting.append([0.0, len(new), (len(ids) - 1, *sizes)])
     while len(rows) >= batch:
-      nats.append(loss(params, _batch(rows[:batch], batch, length)))
+      scored(rows[:batch])
       rows = rows[batch:]
+    while waiting and not waiting[0][1]:
+      nats, _, sizes = waiting.pop(0)
+      first += 1
+      yield Score(nats, *sizes)
   if rows:
-    nats.append(loss(params, _batch(rows, batch, length)))
-  return Score(nats=sum(float(x) for x in nats), tokens=tokens, bytes=size)
+    scored(rows)
+  for nats, _, sizes in waiting:
+    yield Score(nats, *sizes)
+
+
+def total(scores: Iterable[Score]) -> Score:
+  """Several documents as one."""
+  found = list(scores)
+  counted = bool(found) and all(one.characters is not None for one in found)
+  return Score(sum(one.nats for one in found), sum(one.tokens for one in found), sum(one.bytes for one in found),
+               sum(one.characters for one in found) if counted else None)
+
+
+def by_source(config: protocol.Config, params, store: Store, *, length: int, stride: int,
+              batch: int = 8) -> dict[str, list[Score]]:
+  """The scores of a store's documents, characters counted, by what they were read from."""
+  def documents():
+    for number, (ids, size) in enumerate(store.scored()):
+      yield ids, size, len(store.text(number))
+
+  found: dict[str, list[Score]] = {}
+  for number, one in enumerate(each(config, params, documents(), length=length, stride=stride, batch=batch)):
+    found.setdefault(store.sources[int(store.source_of(number))], []).append(one)
+  return found
+
+
+def bits(nats: float) -> float:
+  return nats / math.log(2)
+
+
+def intervals(scores: Iterable[Score], *, level: float = 0.95, seed: int = 0) -> dict[str, Interval]:
+  """Bootstrap intervals over documents of 'bits_per_byte', 'perplexity' and, if counted, 'bits_per_character'."""
+  found = [one for one in scores if one.tokens]
+  over = lambda unit: interval([one.nats for one in found], [getattr(one, unit) for one in found], level=level,
+                               seed=seed)
+  turned = lambda one, f: Interval(f(one.value), f(one.low), f(one.high), level)
+  figures = {'bits_per_byte': turned(over('bytes'), bits), 'perplexity': turned(over('tokens'), math.exp)}
+  if all(one.characters is not None for one in found):
+    figures['bits_per_character'] = turned(over('characters'), bits)
+  return figures
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats(config, params, batch):
+  """B: of each row the nats of the targets that weigh."""
+  apply = lambda method, *args: config.model().apply({'params': params}, *args, method=method)
+  x_BTD, w_DV = apply('hidden', batch['tokens_BT'], batch['segments_BT'])[0], apply('unembed')
+  logp_BT, _ = loglikelihood.of_targets(config, w_DV, x_BTD, batch['targets_BT'])
+  return -(logp_BT * batch['weight_BT']).sum(1)
 
 
 def windows(ids, length: int, stride: int):

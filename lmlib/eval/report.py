@@ -29,30 +29,37 @@ def write(folder: pathlib.Path, *, score: Score | held_out.Score, others: dict[s
   out = folder / 'report'
   out.mkdir(exist_ok=True)
   lines = metrics.read(folder / 'metrics.jsonl')
-  steady = lines[1:] or lines  # the first step compiles
   beside = {'compressors_bits_per_byte': others} if others else {}
-  summary = score.figures() | beside | {
-      'parameters': facts['parameters'], 'steps': lines[-1]['step'],
-      'tokens': lines[-1]['tokens'], 'loss': lines[-1]['loss'], 'seconds': sum(line['seconds'] for line in lines),
-      'seconds_waited_for_data': sum(line['waited'] for line in lines),
-      'seconds_saving': sum(line['saving'] for line in lines),
-      'tokens_per_second': statistics.median(line['tokens_per_second'] for line in steady),
-      'mfu': statistics.median(line['mfu'] for line in steady) if 'mfu' in lines[-1] else None,
-      'memory_bytes': lines[-1]['memory_bytes'], 'steps_skipped': sum(not line['finite'] for line in lines)}
+  summary = score.figures() | beside | {'parameters': facts['parameters']} | spent(lines)
   if 'bits_per_byte' in summary:
     (out / 'samples.txt').write_text(''.join(
         f'---- {prompt!r} is continued\n{prompt}{continued}\n\n' for prompt, continued in samples))
   loss_curve(lines, out / 'loss.png', title=folder.name, level=score.nats_per_token)
-  fresh = out / 'summary.json.tmp'  # last, and whole: it says that the report is written
+  write_summary(out, summary)
+  return summary
+
+
+def spent(lines: list[dict]) -> dict:
+  """Steps, tokens, time and memory of a run, from its metrics.jsonl."""
+  steady = lines[1:] or lines  # the first step compiles
+  return {'steps': lines[-1]['step'],
+          'tokens': lines[-1]['tokens'], 'loss': lines[-1]['loss'], 'seconds': sum(line['seconds'] for line in lines),
+          'seconds_waited_for_data': sum(line['waited'] for line in lines),
+          'seconds_saving': sum(line['saving'] for line in lines),
+          'tokens_per_second': statistics.median(line['tokens_per_second'] for line in steady),
+          'mfu': statistics.median(line['mfu'] for line in steady) if 'mfu' in lines[-1] else None,
+          'memory_bytes': lines[-1]['memory_bytes'], 'steps_skipped': sum(not line['finite'] for line in lines)}
+
+
+def write_summary(out: pathlib.Path, summary: dict):
+  """Writes summary.json, last and whole: it says that the report is written."""
+  fresh = out / 'summary.json.tmp'
   fresh.write_text(json.dumps(summary, indent=2) + '\n')
   os.replace(fresh, out / 'summary.json')
-  return summary
 
 
 def closing(summary: dict, folder: pathlib.Path) -> str:
   """What came out and what to do next."""
-  mfu = f', MFU {summary["mfu"]:.0%}' if summary['mfu'] else ''
-  skipped = f', {summary["steps_skipped"]} steps skipped as not finite' if summary['steps_skipped'] else ''
   writes = 'bits_per_byte' in summary
   work = f"--gin_bindings='WORKDIR = \"{folder}\"'"
   ahead = [
@@ -65,12 +72,19 @@ def closing(summary: dict, folder: pathlib.Path) -> str:
       'your text     python experiments/pretrain.py --gin_file=text_files.gin '
       "--gin_bindings='GLOB = \"texts/**/*.txt\"'"]
   return '\n'.join([
-      f'trained     {summary["steps"]:,} steps, {summary["tokens"]:,} tokens in {metrics.clock(summary["seconds"])}; '
-      f'{summary["tokens_per_second"]:,.0f} tokens/s{mfu}{skipped}',
-      f'waited      {summary["seconds_waited_for_data"]:.1f} s for data, '
-      f'{summary["seconds_saving"]:.1f} s for checkpoints', '',
+      *effort(summary), '',
       *_scored(summary), '', f'report      {folder}/report: loss.png, {"samples.txt, " if writes else ""}summary.json',
       *(f'{"" if i else "next":<12}{line}' for i, line in enumerate(ahead))])
+
+
+def effort(summary: dict) -> list[str]:
+  """How long it took."""
+  mfu = f', MFU {summary["mfu"]:.0%}' if summary['mfu'] else ''
+  skipped = f', {summary["steps_skipped"]} steps skipped as not finite' if summary['steps_skipped'] else ''
+  return [f'trained     {summary["steps"]:,} steps, {summary["tokens"]:,} tokens in '
+          f'{metrics.clock(summary["seconds"])}; {summary["tokens_per_second"]:,.0f} tokens/s{mfu}{skipped}',
+          f'waited      {summary["seconds_waited_for_data"]:.1f} s for data, '
+          f'{summary["seconds_saving"]:.1f} s for checkpoints']
 
 
 def _scored(summary: dict) -> list[str]:

@@ -76,6 +76,7 @@ def to_folder(source: str, config: protocol.Config, target: str, *, model_type: 
   terminal.say(f'source      {source} after step {reader.step}, written as {family.model_types[0]}')
   with folder.new(into, trees.count(shapes(config)) * _width(dtype)) as partial:
     said = {key: kept[key] for key in kept if key in INERT - {'torch_dtype', 'auto_map'}} | hf.as_said(family, config)
+    said |= {key: kept[key] for key in ('id2label', 'label2id') if key in kept}  # our config has no names of classes
     if kept:
       _carry(here / PUBLISHED, partial, ('generation_config.json',))
     if (here / 'tokenizer.model').is_file():

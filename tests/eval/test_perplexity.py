@@ -119,3 +119,40 @@ def test_compressors_are_beside_it_in_bits_per_byte():
   for name, restore in (('gzip', gzip), ('bzip2', bz2), ('xz', lzma)):
     assert found[name] == pytest.approx(8 * sum(len(restore.compress(text)) for text in texts) / size, rel=0.1)
   assert found['xz, all as one'] < found['xz'] / 2  # the third is a repetition, and two headers are saved
+
+
+def test_each_document_has_its_own_score_in_order(params):
+  """Also where a long one spans batches and a short one ends before it."""
+  given_documents = [(*one, 7 * n) for n, one in enumerate(documents(5 * LENGTH, 1, 9, 3 * LENGTH + 1, 2), 1)]
+  found = list(perplexity.each(CONFIG, params, iter(given_documents), length=LENGTH, stride=STRIDE, batch=4))
+  assert [(one.tokens, one.bytes, one.characters) for one in found] == [
+      (len(ids) - 1, size, characters) for ids, size, characters in given_documents]
+  np.testing.assert_allclose([one.nats for one in found], [by_numpy(params, [one[:2]]) for one in given_documents],
+                             rtol=1e-5)  # float32 logits
+  together = perplexity.total(found)
+  assert together.characters == 7 * 15
+  assert together.bits_per_character == pytest.approx(sum(one.nats for one in found) / math.log(2) / (7 * 15))
+
+
+def test_characters_that_were_not_counted_have_no_bits():
+  with pytest.raises(ValueError, match='not counted'):
+    Score(nats=1.0, tokens=1, bytes=1).bits_per_character  # noqa: B018
+
+
+def test_a_store_is_scored_by_source(params, tmp_path):
+  from lmlib.data import store
+  from lmlib.data.sources import Document
+  from lmlib.data.tokenizer import Bytes
+  texts = ['h\u00e9', '\u4e2d\u6587', 'plain']
+  made_store = store.write(tmp_path / 'store', [Document(str(n), text) for n, text in enumerate(texts)],
+                           Bytes().train(), source='books')
+  wide = CONFIGS['dense'].__class__(**{**vars(CONFIG), 'vocab': made_store.tokenizer.vocab})
+  found = perplexity.by_source(wide, made(wide), made_store, length=LENGTH, stride=STRIDE, batch=4)
+  assert list(found) == ['books']
+  assert [(one.characters, one.bytes, one.tokens) for one in found['books']] == [(2, 3, 4), (2, 6, 7), (5, 5, 6)]
+  figures = perplexity.intervals(found['books'])
+  assert figures.keys() == {'bits_per_byte', 'bits_per_character', 'perplexity'}
+  whole = perplexity.total(found['books'])
+  for name, one in figures.items():
+    assert one.value == pytest.approx(getattr(whole, name))
+    assert one.low <= one.value <= one.high

@@ -13,9 +13,11 @@ from experiments import convert, evaluate, generate, pretrain
 from lmlib import cli, gin_text
 from lmlib.data.sources import TextFiles
 from lmlib.data.tokenizer import ByteLevelBpe, Bytes, Loaded, SentencePiece
+from lmlib.eval.evaluations import Perplexity
 from lmlib.interop import check, hf, safetensors
 from lmlib.models import protocol
 from lmlib.nn.stack import Execution
+from lmlib.serve.sampling import Sampling
 from lmlib.train.checkpoint import Checkpoints
 from lmlib.train.health import RunFault
 from tests.experiments.conftest import LIMITED, ROOT
@@ -74,13 +76,14 @@ def test_its_config_is_a_file_like_those_of_models(taken):
 
 
 def test_it_generates_and_is_evaluated(taken, source, tmp_path, capsys):
-  generate.main(workdir=str(taken), prompts=('the quick', 'x'), new=4)
+  generate.main(workdir=str(taken), prompts=('the quick', 'x'), how=Sampling(most=4))
   out = capsys.readouterr().out
-  assert f'{taken} after step 0' in out
+  assert out.startswith(f'{taken}\n')
   assert "---- 'the quick' is continued\nthe quick" in out
   (tmp_path / 'a.txt').write_text(TEXTS[0])
-  evaluate.main(workdir=str(taken), source=TextFiles(str(tmp_path / '*.txt')))
-  assert json.loads(capsys.readouterr().out.splitlines()[-1])['bits_per_byte'] > 1
+  evaluate.main(workdir=str(taken), evaluations=(Perplexity(TextFiles(str(tmp_path / '*.txt'))),),
+                out=str(tmp_path / 'report'))
+  assert json.loads(capsys.readouterr().out.splitlines()[-1])['perplexity']['bits_per_byte'][taken.name] > 1
 
 
 def test_a_prompt_begins_as_the_makers_own_do(source, tmp_path):

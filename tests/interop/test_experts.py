@@ -9,6 +9,7 @@ import pytest
 
 from lmlib.interop import family, hf, safetensors
 from lmlib.interop.family import Entry, Family
+from lmlib.nn.stack import Execution
 from lmlib.sharding import Lettered
 from lmlib.train import checkpoint, checkpoint_arrays
 from lmlib.train.step import placed
@@ -33,6 +34,7 @@ class Model(nn.Module):
 class Config:
   vocab: int = SIZES['V']
   length: int = 8
+  execution: Execution = Execution()
 
   def model(self):
     return Nested()

@@ -37,6 +37,20 @@ def test_a_pooler_stays(architecture, tmp_path, capsys):
   assert check.logits(family_of, config, params).shape[:2] == arguments[0].shape == given['input_ids'].shape
 
 
+@pytest.mark.parametrize(('name', 'architecture'), [('bert', 'BertForSequenceClassification'),
+                                                    ('roberta', 'RobertaForSequenceClassification')])
+def test_classifiers_score_as_those_of_transformers(name, architecture, tmp_path, capsys):
+  case = CASES[name] | dict(architectures=[architecture], id2label={0: 'fine', 1: 'rude', 2: 'toxic'})
+  encoder_side.model(case).save_pretrained(tmp_path / 'a')
+  convert.main(source=str(tmp_path / 'a'), target=str(tmp_path / 'run'))
+  convert.main(source=str(tmp_path / 'run'), target=str(tmp_path / 'b'))
+  assert capsys.readouterr().out.count('lmlib beside transformers: logits differ by') == 2
+  a, b = (hf.read(tmp_path / folder) for folder in 'ab')
+  assert a.config == b.config
+  assert a.config.ends.classes == 3
+  assert b.said['id2label'] == {'0': 'fine', '1': 'rude', '2': 'toxic'}
+
+
 def test_t5_as_transformers_5_and_4_say_it():
   """1.1 is tied there by name and not scaled; as 4 says it, it is not tied."""
   read = lambda tensors=None, **more: family.find('t5').read(

@@ -126,7 +126,7 @@ def test_what_bert_cannot_say_is_refused():
   for change, message in ((dict(position_embedding_type='relative_key'), 'position_embedding_type'),
                           (dict(is_decoder=True), 'is_decoder'), (dict(hidden_act='tanh'), 'hidden_act'),
                           (dict(num_attention_heads=5), 'hidden_size=24, which is not a multiple'),
-                          (dict(architectures=['BertForSequenceClassification']), 'architectures')):
+                          (dict(architectures=['BertForTokenClassification']), 'architectures')):
     with pytest.raises(ValueError, match=message):
       family.read(Said(said(CASES['bert'] | change)))
 

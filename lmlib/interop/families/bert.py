@@ -1,8 +1,10 @@
-"""BERT (Devlin et al. 2019), as transformers' `BertForMaskedLM`, `BertModel` and `BertForPreTraining` publish it.
+"""BERT (Devlin et al. 2019), as transformers' `BertForMaskedLM`, `BertModel`, `BertForPreTraining` and
+`BertForSequenceClassification` publish it.
 
 Which of its heads a folder has is seen from its tensors, and without any from the architecture in config.json:
 BertModel has the pooler and no scores, BertForMaskedLM the scores and no pooler, BertForPreTraining both, and
-next-sentence prediction, which is left out.
+next-sentence prediction, which is left out. BertForSequenceClassification has the pooler and scores of classes, as
+many as config.json has names for in id2label, or two.
 """
 from lmlib.interop.family import Entry, Family, Said
 from lmlib.models import encoder
@@ -12,16 +14,41 @@ from lmlib.nn.mlp import MlpStyle
 # Of a published activation, its name here.
 ACTIVATIONS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu',
                'silu': 'silu'}
+CLASSIFIER = 'BertForSequenceClassification'
 HEADS = {'BertForMaskedLM': (True, False), 'BertModel': (False, True), 'BertForPreTraining': (True, True)}
 DEEPEST = 64  # layers whose norms may have the names of old files
 
 
 def read(said: Said) -> encoder.Config:
   """Our config of a config.json."""
-  has = HEADS[said.only('architectures', *([name] for name in HEADS), default=['BertForMaskedLM'])[0]]
-  predicts, pooler = has if said.tensors is None else heads(said.tensors, 'cls.predictions.')
+  known = [[name] for name in (*HEADS, CLASSIFIER)]
+  name = said.only('architectures', *known, default=['BertForMaskedLM'])[0]
   said.only('position_embedding_type', 'absolute', default='absolute')
-  return config(said, encoder.Ends(types=said.get('type_vocab_size', 2), predicts=predicts, pooler=pooler))
+  return config(said, ends(said, HEADS.get(name), 'cls.predictions.'))
+
+
+def ends(said: Said, has: tuple[bool, bool] | None, predictions: str) -> encoder.Ends:
+  """What stands at the ends of a model: `has` by its architecture, None of a classifier; files tell more exactly."""
+  types = said.get('type_vocab_size', 2)
+  if has is None:
+    return encoder.Ends(types=types, predicts=False, pooler=True, classes=classes(said))
+  predicts, pooler = has if said.tensors is None else heads(said.tensors, predictions)
+  return encoder.Ends(types=types, predicts=predicts, pooler=pooler)
+
+
+def classes(said: Said) -> int:
+  """How many classes a classifier has: the names in id2label, num_labels in old files, or two."""
+  names, number = said.get('id2label'), said.get('num_labels')
+  if names is not None and number not in (None, len(names)):
+    raise ValueError(f'config.json says num_labels={number}, and names {len(names)} in id2label')
+  return len(names) if names is not None else number or 2
+
+
+def labelled(config: encoder.Config) -> dict:
+  """What a config.json says of classes, numbered where they have no names here."""
+  names = [f'LABEL_{i}' for i in range(config.ends.classes or 0)]
+  return {'id2label': {str(i): name for i, name in enumerate(names)},
+          'label2id': {name: i for i, name in enumerate(names)}} if names else {}
 
 
 def heads(names, predictions: str) -> tuple[bool, bool]:
@@ -48,7 +75,8 @@ def config(said: Said, ends: encoder.Ends, length: int | None = None, **more) ->
 def write(config: encoder.Config) -> dict:
   """The config.json of our config."""
   has = {has: name for name, has in HEADS.items()} | {(False, False): 'BertModel'}
-  return {'architectures': [has[config.ends.predicts, config.ends.pooler]], **written(config, config.length)}
+  name = CLASSIFIER if config.ends.classes else has[config.ends.predicts, config.ends.pooler]
+  return {'architectures': [name], **written(config, config.length)}
 
 
 def written(config: encoder.Config, rows: int) -> dict:
@@ -58,7 +86,7 @@ def written(config: encoder.Config, rows: int) -> dict:
       'vocab_size': config.vocab, 'num_hidden_layers': config.layers, 'hidden_size': config.width,
       'intermediate_size': config.hidden, 'num_attention_heads': config.heads, 'max_position_embeddings': rows,
       'type_vocab_size': config.ends.types, 'hidden_act': names[config.mlp.activation],
-      'layer_norm_eps': config.norms.epsilon, 'tie_word_embeddings': True}
+      'layer_norm_eps': config.norms.epsilon, 'tie_word_embeddings': True, **labelled(config)}
 
 
 def body(config: encoder.Config, prefix: str) -> dict[str, Entry]:
@@ -91,6 +119,9 @@ def norm(theirs: str, ours: str) -> dict[str, Entry]:
 
 def tensors(config: encoder.Config) -> dict[str, Entry]:
   """The table of weights; the names begin with 'bert.' where there is a head beside the pooler."""
+  if config.ends.classes:
+    return body(config, 'bert.') | {'classifier.weight': Entry('Y F', {'classifier': ''}),
+                                    'classifier.bias': Entry('Y', {'classifier_bias': ''})}
   if not config.ends.predicts:
     return body(config, '')
   head = 'cls.predictions.'

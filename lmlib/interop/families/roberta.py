@@ -1,4 +1,7 @@
-"""RoBERTa (Liu et al. 2019), as `RobertaForMaskedLM` publishes it, and XLM-RoBERTa; BERT's form with other ends."""
+"""RoBERTa (Liu et al. 2019), as `RobertaForMaskedLM` publishes it, and XLM-RoBERTa; BERT's form with other ends.
+
+Of `RobertaForSequenceClassification` the first layer of the classifier is what BERT calls its pooler.
+"""
 import numpy as np
 
 from lmlib.interop.families import bert
@@ -7,23 +10,23 @@ from lmlib.models import encoder
 from lmlib.nn.positions import Learned
 
 HEADS = {'ForMaskedLM': (True, False), 'Model': (False, True)}
+CLASSIFIER = 'ForSequenceClassification'
 KINDS = ('Roberta', 'XLMRoberta')
 
 
 def read(said: Said) -> encoder.Config:
   """Our config of a config.json."""
-  known = [[kind + name] for kind in KINDS for name in HEADS]
+  known = [[kind + name] for kind in KINDS for name in (*HEADS, CLASSIFIER)]
   name = said.only('architectures', *known, default=known[0])[0]
-  has = HEADS[name.rpartition('Roberta')[2]]
-  predicts, pooler = has if said.tensors is None else bert.heads(said.tensors, 'lm_head.')
   offset = said.get('pad_token_id', 1) + 1
-  return bert.config(said, encoder.Ends(types=said.get('type_vocab_size', 2), predicts=predicts, pooler=pooler),
+  return bert.config(said, bert.ends(said, HEADS.get(name.rpartition('Roberta')[2]), 'lm_head.'),
                      said['max_position_embeddings'] - offset, positions=Learned(offset))
 
 
 def write(config: encoder.Config) -> dict:
   """The config.json of our config; its architecture is RoBERTa's in either case."""
   name = 'RobertaForMaskedLM' if config.ends.predicts else 'RobertaModel'
+  name = f'Roberta{CLASSIFIER}' if config.ends.classes else name
   if config.positions.offset < 1:
     raise ValueError(f'Learned.offset={config.positions.offset}: positions of RoBERTa come after that of its padding')
   return {'architectures': [name], 'pad_token_id': config.positions.offset - 1,
@@ -32,6 +35,11 @@ def write(config: encoder.Config) -> dict:
 
 def tensors(config: encoder.Config) -> dict[str, Entry]:
   """The table of weights."""
+  if config.ends.classes:
+    found, head = bert.body(config, 'roberta.'), 'classifier.'
+    first = {f'{head}dense.{part}': found.pop(f'roberta.pooler.dense.{part}') for part in ('weight', 'bias')}
+    return found | first | {f'{head}out_proj.weight': Entry('Y F', {'classifier': ''}),
+                            f'{head}out_proj.bias': Entry('Y', {'classifier_bias': ''})}
   if not config.ends.predicts:
     return bert.body(config, '')
   return bert.body(config, 'roberta.') | {
@@ -50,7 +58,8 @@ def probe(config: encoder.Config) -> tuple[tuple, dict]:
 ROBERTA = Family(
     model_types=('roberta', 'xlm-roberta'), architectures=('RobertaForMaskedLM', 'XLMRobertaForMaskedLM'), read=read,
     write=write, tensors=tensors, prefixes=('roberta.',),
-    ignored={r'(roberta\.)?embeddings\.position_ids': 'they count from the padding on'},
+    ignored={r'(roberta\.)?embeddings\.position_ids': 'they count from the padding on',
+             r'(roberta\.)?pooler\.dense\.(weight|bias)': 'a classifier has a layer of its own in its place'},
     copies={'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight',
             'lm_head.decoder.bias': 'lm_head.bias'},
     probe=probe)
