@@ -13,8 +13,8 @@ lint:
 
 # Live comparison with transformers, which the default tests replace by kept logits.
 parity:
-	$(python) -m pip install torch==2.13.0 'transformers>=5'
-	$(python) -m pytest tests/parity
+	$(python) -m pip install torch==2.13.0 'transformers>=5' accelerate 'peft>=0.19' -e '.[eval]'
+	$(python) -m pytest tests/parity tests/eval/test_harness.py
 
 quickstart:
 	$(python) experiments/pretrain.py --gin_file=quickstart.gin

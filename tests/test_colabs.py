@@ -1,8 +1,12 @@
 """Every notebook runs from top to bottom, and is kept without its outputs."""
+import dataclasses
+import json
 import os
 import pathlib
 
 import pytest
+
+from tests.interop import published
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colabs').glob('*.ipynb'))
@@ -13,6 +17,16 @@ pytestmark = pytest.mark.filterwarnings('ignore')  # of Jupyter's own; in the no
 def opened(path):
   nbformat = pytest.importorskip('nbformat', reason="nbformat is in the extra 'test'")
   return nbformat.read(path, as_version=4)
+
+
+def tiny_model(path: pathlib.Path) -> pathlib.Path:
+  """A folder in Hugging Face's form, with a chat template and weights that nobody trained."""
+  published.folder(path, dataclasses.replace(published.CONFIG, layers=1, length=512), pieces=290)
+  said = json.loads((path / 'tokenizer_config.json').read_text())
+  template = ('{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}'
+              '{% if add_generation_prompt %}assistant: {% endif %}')
+  (path / 'tokenizer_config.json').write_text(json.dumps(said | {'chat_template': template}))
+  return path
 
 
 @notebooks
@@ -36,6 +50,7 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
   monkeypatch.delenv('JAX_DISABLE_MOST_OPTIMIZATIONS', raising=False)
   monkeypatch.setenv('JUPYTER_RUNTIME_DIR', str(tmp_path / 'runtime'))
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
+  monkeypatch.setenv('LMLIB_MODEL', str(tiny_model(tmp_path / 'model')))  # in place of one that must be fetched
   notebook = opened(path)
   nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3',
                           resources={'metadata': {'path': str(tmp_path)}}).execute()

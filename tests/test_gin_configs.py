@@ -18,10 +18,11 @@ ROOT = cli.GIN_CONFIGS
 LEAVES = sorted(path.name for path in ROOT.glob('*.gin'))
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob('*.gin'))
 MACROS = {'MODEL', 'DATA', 'OPTIMIZER', 'LAYOUT', 'STEPS', 'BATCH', 'WORKDIR', 'SEED'}
-OWN = {'GLOB', 'FIELD', 'FOLDER', 'SPLIT', 'TASK', 'MODULE', 'PROMPTS', 'NEW',
-       'PATH', 'STEP', 'ROW', 'SOURCE', 'TARGET'}  # what to read or continue, which no file can know
+OWN = {'GLOB', 'FIELD', 'FOLDER', 'SPLIT', 'TASK', 'MODULE', 'PROMPTS', 'NEW', 'PATH', 'STEP', 'ROW', 'SOURCE',
+       'TARGET', 'TASKS', 'TEMPLATE', 'SHOTS'}  # what to read or continue, which no file can know
 GIVEN = ("GLOB = 'texts/*.txt'", "FOLDER = 'data/set'", "TASK = 'task'", "MODULE = 'my_tasks'",
-         "PATH = 'data/prepared'", "SOURCE = 'published'", "TARGET = 'runs/taken'")  # what a user must say
+         "PATH = 'data/prepared'", "TASKS = ('task',)", "SOURCE = 'published'",
+         "TARGET = 'runs/taken'")  # what a user must say
 ON_THE_COMMAND_LINE = ('meshes/fsdp.gin', 'data/data_folder.gin', 'data/seqio_task.gin')  # behind a leaf
 MODELS = sorted(path.stem for path in (ROOT / 'models').glob('*.gin'))
 # Weights of each file of models/ as published; tied tables count once. Our own four are counted by hand, as is PaLM,
@@ -112,6 +113,11 @@ def test_a_leaf_may_be_given_after_another_mesh(leaf):
 def test_the_quickstart_may_be_given_other_data(data):
   source = arguments('quickstart.gin', data)[1]['data'].source
   assert type(source).__name__ == {'data_folder': 'DataFolder', 'seqio_task': 'Seqio'}[pathlib.Path(data).stem]
+
+
+def test_tuning_may_be_given_other_conversations():
+  data = arguments('sft_smollm2_lora.gin', 'data/conversations.gin')[1]['data']
+  assert type(data.source).__name__ == 'JsonFiles'
 
 
 def model_alone(*, model):

