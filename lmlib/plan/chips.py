@@ -26,13 +26,13 @@ def peak_flops(devices) -> tuple[float, str] | tuple[None, str]:
   return PEAK[kind] * len(devices), f'{len(devices)} × {kind} at {PEAK[kind] / 1e12:g} TFLOP/s'
 
 
-def measured(size: int = 1536) -> float:
-  """FLOP/s of a square float32 matrix product, the best of twenty."""
+def measured(size: int = 1024, for_seconds: float = 0.3) -> float:
+  """FLOP/s of a square float32 matrix product, the best of those that so much time allows and at least of three."""
   a = jnp.ones((size, size), jnp.float32)
   product = jax.jit(jnp.matmul)
   product(a, a).block_until_ready()
   seconds = []
-  for _ in range(20):
+  while len(seconds) < 3 or sum(seconds) < for_seconds:
     start = time.perf_counter()
     product(a, a).block_until_ready()
     seconds.append(time.perf_counter() - start)
