@@ -1,12 +1,15 @@
-"""Kernels on a GPU beside their peers: attention, forward and backward, packed documents, cross-entropy.
+"""Kernels on a GPU beside their peers: attention, forward and backward, packed documents, decoding, cross-entropy.
 
   python benchmarks/kernels.py            on a machine with an H100 or H200, jax[cuda13] and, for one peer, torch
 
 Attention is causal, bfloat16, 32 query heads on 8 key heads of width 128, 16,384 tokens (32,768 at the last length)
 in rows of 2k to 32k. FLOP/s count the products that causality leaves, forward 2 and backward 5 of them. All sides
 take turns, each time with fresh random data; torch runs in a process of its own afterwards. Before anything is
-timed our kernels are held to float64. Goals: 0.9 of cuDNN forward and 0.8 backward; packed documents at the dense
-speed times the share of blocks that are live; cross-entropy in a quarter of the memory at no more time.
+timed our kernels are held to float64. Steps of decoding are one query of each of 64 rows, 8,192 cached places,
+contiguous and in pages of 16 and 128, bfloat16 and int8; their bandwidth is that of the keys and values that must be
+read, beside the GPU's own in a copy. Goals: 0.9 of cuDNN forward and 0.8 backward; packed documents at the dense
+speed times the share of blocks that are live; decoding at 0.85 of the bandwidth; cross-entropy in a quarter of the
+memory at no more time.
 """
 import importlib.util
 import json
@@ -21,7 +24,9 @@ ROUNDS, CALLS = 7, 4  # rounds of turns, calls a turn
 DOCUMENTS = 16  # in a row of PACKED tokens
 PACKED = 16384
 ROWS, MODEL, VOCAB = 8192, 2048, 128256  # of cross-entropy: tokens, width, vocabulary
-GOALS = {'forward': 0.9, 'backward': 0.8, 'packed': 1.0, 'cross-entropy memory': 0.25, 'cross-entropy time': 1.0}
+ROWS_HELD, HELD = 64, 8192  # rows that decode together, and places of each
+GOALS = {'forward': 0.9, 'backward': 0.8, 'packed': 1.0, 'decoding': 0.85, 'cross-entropy memory': 0.25,
+         'cross-entropy time': 1.0}
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs memory too
 
 
@@ -189,6 +194,41 @@ def packed(figures) -> None:
           f'({min(values):.2f} to {max(values):.2f})', flush=True)
 
 
+def decoded(figures) -> None:
+  """Steps of decoding: bytes of keys and values that must be read by time, beside a copy's bytes by time."""
+  import jax
+  import jax.numpy as jnp
+
+  from lmlib.kernels import decode_attention
+  from lmlib.kernels.attention import Pattern
+  B, S, K, G, H = ROWS_HELD, HELD, KV_HEADS, HEADS // KV_HEADS, WIDTH
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, k, v = (jax.random.normal(key, shape, jnp.bfloat16)
+             for key, shape in zip(keys, ((B, 1, K, G, H), (B, K, S, H), (B, K, S, H))))
+  eight = lambda x: (jnp.round(x * 30).astype(jnp.int8), jnp.full(x.shape[:3], 1 / 30, jnp.float32))
+  length_B = jnp.full((B,), S, jnp.int32)
+  (k8, k_scale), (v8, v_scale) = eight(k), eight(v)
+  pages = lambda x, size: x.reshape(B, K, S // size, size, H).swapaxes(1, 2).reshape(-1, K, size, H)
+  table = lambda size: jax.random.permutation(keys[3], B * S // size).astype(jnp.int32).reshape(B, -1)
+  cases = {'contiguous': decode_attention.Held(k, v, length_B),
+           'int8': decode_attention.Held(k8, v8, length_B, k_scale=k_scale, v_scale=v_scale),
+           **{f'pages of {size}': decode_attention.Held(pages(k, size), pages(v, size), length_B, page_BX=table(size))
+              for size in (16, 128)}}
+  step = jax.jit(lambda q, held: decode_attention.decode_attention(q, held, Pattern(), implementation='gpu'))
+  copy, times = jax.jit(lambda x: x + 1), {name: [] for name in ('copy', *cases)}
+  for _ in range(ROUNDS):
+    times['copy'].append(seconds(copy, k))
+    for name, held in cases.items():
+      times[name].append(seconds(step, q, held))
+  reach = lambda name, moved: moved / statistics.median(times[name])
+  most = reach('copy', 2 * k.nbytes)
+  for name, held in cases.items():
+    moved = sum(x.nbytes for x in (held.k, held.v, held.k_scale, held.v_scale) if x is not None)
+    figures[f'decoding {name}'] = {'ratio': reach(name, moved) / most, 'GB/s': reach(name, moved) / 1e9}
+    print(f'decoding {name}: {reach(name, moved) / 1e9:.0f} GB/s, {reach(name, moved) / most:.2f} of a copy',
+          flush=True)
+
+
 def crossed(figures) -> None:
   """Cross-entropy with its gradients: memory that XLA sets aside, and time, beside all logits at once."""
   import jax
@@ -199,9 +239,10 @@ def crossed(figures) -> None:
   x = jax.random.normal(kx, (4, ROWS // 4, MODEL), jnp.bfloat16)
   w = jax.random.normal(kw, (MODEL, VOCAB), jnp.float32) * MODEL**-0.5
   targets, weight = jax.random.randint(kt, (4, ROWS // 4), 0, VOCAB), jnp.ones((4, ROWS // 4), jnp.float32)
-  graded = lambda f: jax.jit(jax.value_and_grad(lambda x, w: f(x, w, targets, weight)[0], (0, 1)))
-  compiled = {name: graded(f).lower(x, w).compile()
-              for name, f in (('plain', cross_entropy.reference), ('lmlib', cross_entropy.cross_entropy))}
+  loss = lambda by: lambda x, w: cross_entropy.cross_entropy(
+      x, w, targets, weight, None, cross_entropy.Logits(implementation=by))[0]
+  compiled = {name: jax.jit(jax.value_and_grad(loss(by), (0, 1))).lower(x, w).compile()
+              for name, by in (('plain', 'reference'), ('lmlib', 'auto'))}
   memory = {name: c.memory_analysis().temp_size_in_bytes / 1e9 for name, c in compiled.items()}
   times = {name: [] for name in compiled}
   for _ in range(ROUNDS):
@@ -223,6 +264,7 @@ def main() -> None:
     print('errors against float64:', {name: f'{error:.1e}' for name, error in figures['errors'].items()}, flush=True)
     dense(figures)
     packed(figures)
+    decoded(figures)
     crossed(figures)
     if importlib.util.find_spec('torch'):
       done = subprocess.run([sys.executable, __file__, 'torch'], capture_output=True, text=True)
@@ -232,6 +274,7 @@ def main() -> None:
     crossing = figures['cross-entropy']
     ratios = {'forward': least('forward'), 'backward': least('backward'),
               'packed': min(figures[f'packed {way}']['ratio'] for way in ('forward', 'backward')),
+              'decoding': min(one['ratio'] for name, one in figures.items() if name.startswith('decoding')),
               **{f'cross-entropy {what}': crossing[unit]['lmlib'] / crossing[unit]['plain']
                  for what, unit in (('memory', 'GB'), ('time', 'seconds'))}}
   holds = bool(ratios) and all(ratios[name] <= goal if 'entropy' in name else ratios[name] >= goal

@@ -11,6 +11,8 @@ in a rule (('F', ('tensor',))):
   I interval of distances          U kind of token, as of a first and a second sentence
   Y class of a text
   A rank or width of an adapter
+  Z piece of an axis that is cut: a page of keys and values, or a block of a width that has one scale
+  X page of a row
 """
 import contextlib
 import contextvars
@@ -22,14 +24,14 @@ from flax import struct
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIUYA')
-MESH_AXES = ('data', 'fsdp', 'tensor')
+ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIUYAZX')
+MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
 
-# Read top to bottom. A row applies if its mesh axes are still unused in this array and
-# divide this dimension: 'tensor' goes to K where it divides K, else to G.
+# Read top to bottom. A row applies if its mesh axes have several devices, are still unused in this array
+# and divide this dimension: 'tensor' goes to K where it divides K, else to G.
 TENSOR = tuple((letter, ('tensor',)) for letter in 'KGFV')
 WEIGHTS = (('D', ('fsdp',)), *TENSOR)
-ARRAYS = (('B', ('data', 'fsdp')), *TENSOR)
+ARRAYS = (('B', ('data', 'fsdp')), ('T', ('context',)), *TENSOR)
 
 _current = contextvars.ContextVar('mesh and layout', default=None)
 
@@ -40,11 +42,13 @@ class Layout:
 
   `data` splits the batch; `fsdp` splits the batch and the stored weights with their
   optimizer state (ZeRO-3, Rajbhandari et al. 2020); `tensor` splits heads, hidden width and
-  vocabulary (Shoeybi et al. 2019). One size may be -1: the devices that are left.
+  vocabulary (Shoeybi et al. 2019); `context` splits the rows themselves, whose attention then goes round
+  a ring (kernels/ring_attention.py). One size may be -1: the devices that are left.
   """
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  context: int = 1
   weights: tuple = WEIGHTS
   arrays: tuple = ARRAYS
 
@@ -53,7 +57,7 @@ class Layout:
       if not isinstance(size, int) or size == 0 or size < -1:
         raise ValueError(f'Layout.{name}={size!r} must be a positive number of devices, or -1 for those left')
     if self.sizes.count(-1) > 1:
-      raise ValueError(f'Layout data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: only one may be -1')
+      raise ValueError(f'{self}: only one may be -1')
     for letter, mesh_axes in (*self.weights, *self.arrays):
       if letter not in ALPHABET or not set(mesh_axes) <= set(MESH_AXES):
         raise ValueError(f'Layout rule {(letter, mesh_axes)}: letters are {"".join(sorted(ALPHABET))}, '
@@ -61,19 +65,22 @@ class Layout:
 
   @property
   def sizes(self) -> tuple[int, ...]:
-    return (self.data, self.fsdp, self.tensor)
+    return tuple(getattr(self, name) for name in MESH_AXES)
+
+  def __str__(self):
+    said = [f'{name}={size}' for name, size in zip(MESH_AXES, self.sizes) if size != 1]
+    return 'Layout ' + (', '.join(said) or 'of one device')
 
   def mesh(self, devices=None) -> Mesh:
     """The mesh over `devices` (default: all). Raises ValueError if it does not use them all."""
     devices = jax.devices() if devices is None else devices
     fixed = math.prod(size for size in self.sizes if size > 0)
-    asked = f'Layout data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}'
     if fixed > len(devices):
-      raise ValueError(f'{asked} needs {fixed} devices, but there are {len(devices)}')
+      raise ValueError(f'{self} needs {fixed} devices, but there are {len(devices)}')
     if len(devices) % fixed or (-1 not in self.sizes and fixed != len(devices)):
-      raise ValueError(f'{asked} takes a multiple of {fixed} devices, but there are {len(devices)}'
+      raise ValueError(f'{self} takes a multiple of {fixed} devices, but there are {len(devices)}'
                        if -1 in self.sizes else
-                       f'{asked} uses {fixed} of {len(devices)} devices: set one size to -1 to use them all')
+                       f'{self} uses {fixed} of {len(devices)} devices: set one size to -1 to use them all')
     sizes = tuple(size if size > 0 else len(devices) // fixed for size in self.sizes)
     auto = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh alone gives Explicit axes
     return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
@@ -102,7 +109,8 @@ def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, rules) -> PartitionSpec:
   taken, placed = set(), {}
   for letter, mesh_axes in rules:
     free = letter in axes and letter not in placed and not taken & set(mesh_axes)
-    if free and shape[axes.index(letter)] % math.prod(mesh.shape[m] for m in mesh_axes) == 0:
+    parts = math.prod(mesh.shape[m] for m in mesh_axes)
+    if free and parts > 1 and shape[axes.index(letter)] % parts == 0:
       placed[letter] = mesh_axes
       taken |= set(mesh_axes)
   return PartitionSpec(*(placed.get(a) for a in axes))
@@ -117,11 +125,11 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, layout.arrays)))
 
 
-def each(function, axes, out: str):
+def each(function, axes, out: str | tuple[str, ...]):
   """function(*arrays), run by every device on its own part of them, for what XLA cannot split by itself.
 
-  axes: the letters of each array; out: those of the result, which are all letters of the arrays. Rules place them
-  like any computed array, so a letter that `function` sums over or compares along must not be split.
+  axes: the letters of each array; out: those of the result, or of each result, which are all letters of the arrays.
+  Rules place them like any computed array, so a letter that `function` sums over or compares along must not be split.
   """
 
   def run(*arrays):
@@ -129,11 +137,27 @@ def each(function, axes, out: str):
       return function(*arrays)
     mesh, layout = _current.get()
     specs = tuple(spec(letters, x.shape, mesh, layout.arrays) for letters, x in zip(axes, arrays))
-    size = {letter: n for letters, x in zip(axes, arrays) for letter, n in zip(letters, x.shape)}
-    placed = spec(out, tuple(size[letter] for letter in out), mesh, layout.arrays)
+    size = {}
+    for letter, n in ((letter, n) for letters, x in zip(axes, arrays) for letter, n in zip(letters, x.shape)):
+      size[letter] = max(n, size.get(letter, 1))  # an axis of one is for all of the others
+    placed = jax.tree.map(lambda out: spec(out, tuple(size[letter] for letter in out), mesh, layout.arrays), out)
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=placed, check_vma=False)(*arrays)
 
   return run
+
+
+def size(axis: str) -> int:
+  """How many devices a mesh axis has (1 outside use())."""
+  return _current.get()[0].shape[axis] if in_use() else 1
+
+
+def split(axes: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+  """The mesh axes that split each dimension of a computed array, () where none does: for a shard_map of one's own."""
+  if not in_use():
+    return ((),) * len(axes)
+  mesh, layout = _current.get()
+  found = spec(axes, shape, mesh, layout.arrays)
+  return tuple((places,) if isinstance(places, str) else places or () for places in found)
 
 
 class Lettered(struct.PyTreeNode, nn.meta.AxisMetadata):

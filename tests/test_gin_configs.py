@@ -23,7 +23,8 @@ OWN = {'GLOB', 'FIELD', 'FOLDER', 'SPLIT', 'TASK', 'MODULE', 'PROMPTS', 'NEW', '
 GIVEN = ("GLOB = 'texts/*.txt'", "FOLDER = 'data/set'", "TASK = 'task'", "MODULE = 'my_tasks'",
          "PATH = 'data/prepared'", "TASKS = ('task',)", "SOURCE = 'published'",
          "TARGET = 'runs/taken'")  # what a user must say
-ON_THE_COMMAND_LINE = ('meshes/fsdp.gin', 'data/data_folder.gin', 'data/seqio_task.gin')  # behind a leaf
+# Behind a leaf.
+ON_THE_COMMAND_LINE = ('meshes/fsdp.gin', 'meshes/context.gin', 'data/data_folder.gin', 'data/seqio_task.gin')
 MODELS = sorted(path.stem for path in (ROOT / 'models').glob('*.gin'))
 # Weights of each file of models/ as published; tied tables count once. Our own four are counted by hand, as is PaLM,
 # whose paper says 540.35 billion: 256000 D + 118 (2 * 48 * 256 D + 2 * 256 D + 3 D F + D) + D.
@@ -109,7 +110,7 @@ def test_a_leaf_may_be_given_after_another_mesh(leaf):
       assert arguments(leaf, mesh)[1]['layout'].mesh().size == 8
 
 
-@pytest.mark.parametrize('data', ON_THE_COMMAND_LINE[1:])
+@pytest.mark.parametrize('data', ON_THE_COMMAND_LINE[2:])
 def test_the_quickstart_may_be_given_other_data(data):
   source = arguments('quickstart.gin', data)[1]['data'].source
   assert type(source).__name__ == {'data_folder': 'DataFolder', 'seqio_task': 'Seqio'}[pathlib.Path(data).stem]

@@ -38,17 +38,18 @@ def test_a_letter_may_have_several_rows_and_the_first_that_fits_holds():
 
 
 def test_letters_outside_the_alphabet_are_refused():
-  with pytest.raises(ValueError, match=r"'BTX' uses \['X'\]"):
-    spec('BTX', (1, 1, 1), MESH, ARRAYS)
-  with pytest.raises(ValueError, match=r"'X'.*letters are ABCDE"):
-    Layout(weights=(('X', ('fsdp',)),))
-  with pytest.raises(ValueError, match=r"'model'.*'data', 'fsdp', 'tensor'"):
+  with pytest.raises(ValueError, match=r"'BTx' uses \['x'\]"):
+    spec('BTx', (1, 1, 1), MESH, ARRAYS)
+  with pytest.raises(ValueError, match=r"'x'.*letters are ABCDE"):
+    Layout(weights=(('x', ('fsdp',)),))
+  with pytest.raises(ValueError, match=r"'model'.*'data', 'fsdp', 'context', 'tensor'"):
     Layout(arrays=(('B', ('model',)),))
 
 
 @pytest.mark.parametrize(('sizes', 'expected'), [
-    (dict(), (8, 1, 1)), (dict(data=1, fsdp=-1), (1, 8, 1)), (dict(data=-1, tensor=4), (2, 1, 4)),
-    (dict(data=2, fsdp=2, tensor=-1), (2, 2, 2)), (dict(data=8), (8, 1, 1))])
+    (dict(), (8, 1, 1, 1)), (dict(data=1, fsdp=-1), (1, 8, 1, 1)), (dict(data=-1, tensor=4), (2, 1, 1, 4)),
+    (dict(data=2, fsdp=2, tensor=-1), (2, 2, 1, 2)), (dict(data=8), (8, 1, 1, 1)),
+    (dict(data=1, context=-1, tensor=2), (1, 1, 4, 2))])
 def test_a_size_of_minus_1_takes_the_devices_that_are_left(sizes, expected):
   mesh = Layout(**sizes).mesh()
   assert tuple(mesh.shape.values()) == expected

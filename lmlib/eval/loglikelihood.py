@@ -2,7 +2,7 @@
 
 Contexts that several continuations share are read once, and their continuations go on from the cache; of those of
 one token, all are read off the same logits. Requests of about the same length go together, and lengths are rounded
-up to a ladder, so that few shapes compile. Logits are float32, a chunk of positions at a time.
+up to a ladder, so that few shapes compile.
 """
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmlib.data.tokenizer import Tokenizer
+from lmlib.kernels.cross_entropy import facts
 from lmlib.models import protocol
 
-CHUNK = 512  # positions, of all rows together, whose logits are in memory at once
 FIRST = 16  # the first rung
 
 
@@ -168,28 +168,9 @@ def _likelihoods(config, params, tokens_GT, lengths_G, context_R, targets_RT):
 
 
 def of_targets(config, w_DV, x_BTD, targets_BT):
-  """BT: of hidden states the log-probability of each target, and whether no token has a higher one.
-
-  A chunk of places at a time, all rows together, so that rows stay on their devices.
-  """
-  B, T, _ = x_BTD.shape
-  size = max(1, min(T, CHUNK // B))
-  count = -(-T // size)
-
-  def cut(y_BT):
-    filled = jnp.pad(y_BT, [(0, 0), (0, count * size - T)] + [(0, 0)] * (y_BT.ndim - 2))
-    return filled.reshape(B, count, size, *y_BT.shape[2:]).swapaxes(0, 1)
-
-  def chunk(part):
-    x_BTD, targets_BT = part
-    logits_BTV = jnp.einsum('BTD,DV->BTV', x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-    if config.softcap is not None:
-      logits_BTV = config.softcap * jnp.tanh(logits_BTV / config.softcap)
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=2)[..., 0]
-    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), logits_BTV.argmax(-1) == targets_BT
-
-  joined = lambda parts: parts.swapaxes(0, 1).reshape(B, count * size)[:, :T]
-  return jax.tree.map(joined, jax.lax.map(chunk, (cut(x_BTD), cut(targets_BT))))
+  """BT: of hidden states the log-probability of each target, and whether no token has a higher one."""
+  lse_BT, target_BT, most_BT, _ = facts(x_BTD, w_DV, targets_BT, protocol.logits(config))
+  return target_BT - lse_BT, target_BT == most_BT
 
 
 def _rows(config, cache, G: int, length: int, context_R):

@@ -8,7 +8,7 @@ of ALiBi (Press et al. 2022), a bias is that of T5 (Raffel et al. 2020), sinks a
 and softmax are float32. A query that sees nothing gets zeros.
 """
 import dataclasses
-import logging
+import functools
 
 from flax import struct
 import jax
@@ -16,10 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmlib import sharding
-from lmlib.kernels import attention_blocked, attention_cudnn, attention_gpu, attention_hopper
+from lmlib.kernels import (
+    attention_blocked,
+    attention_cudnn,
+    attention_gpu,
+    attention_hopper,
+    attention_tpu,
+    choice,
+    decode_attention,
+    ring_attention,
+    tpu,
+)
 
 PROVEN = ('H100', 'H200')  # GPUs on which the kernels were held to float64 and timed: benchmarks/RESULTS.md
 SHORT = 64  # fewer queries than this are a step of decoding
+SHORT_TPU = 128  # and than this leave a tile of a TPU half empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +100,7 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern = Pattern(), rows: Rows 
   """Attention, BTKGH like q; the H of v may be another.
 
   implementation: a name of IMPLEMENTATIONS, or 'auto': see chosen(). ValueError if the one asked for cannot do the
-  case. 'gpu' runs on a CPU too, interpreted and slow.
+  case. 'gpu' and 'tpu' run on a CPU too, interpreted and slow.
   """
   T, S = q_BTKGH.shape[1], k_BSKH.shape[1] - rows.front
   if T != S and rows.place_BT is rows.place_BS is None and (pattern.causal or pattern.local or pattern.stride):
@@ -98,16 +109,11 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern = Pattern(), rows: Rows 
     raise ValueError(f'Rows.front={rows.front} keys have no place: there are no slopes and no bias for them')
   added = {'slopes': slope_KG, 'a bias': bias_BKGTS, 'sinks': sink_KG}
   case = q_BTKGH, k_BSKH, v_BSKH, pattern, rows, [name for name, there in added.items() if there is not None]
-  if implementation == 'auto':
-    implementation = chosen(*case)
-  elif implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'attention implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}')
-  elif missing := LACKING[implementation](*case):
-    able = [repr(name) for name in sorted(IMPLEMENTATIONS) if not LACKING[name](*case)]
-    raise ValueError(f'attention implementation={implementation!r} cannot do {", ".join(missing)}; '
-                     f'{", ".join(able)} can')
-  logging.getLogger(__name__).debug('attention of %s queries and %s keys by %r', q_BTKGH.shape, k_BSKH.shape,
-                                    implementation)
+  if ring_attention.needed(q_BTKGH, k_BSKH, rows):
+    implementation = choice.chosen('attention around a ring', implementation, _chosen_of_parts, OF_PARTS, case)
+    return ring_attention.attention(ring_attention.KERNELS[implementation], q_BTKGH, k_BSKH, v_BSKH, pattern, rows,
+                                    slope_KG=slope_KG, bias_BKGTS=bias_BKGTS, sink_KG=sink_KG)
+  implementation = choice.chosen('attention', implementation, chosen, LACKING, case)
   return IMPLEMENTATIONS[implementation](q_BTKGH, k_BSKH, v_BSKH, pattern, rows, slope_KG=slope_KG,
                                          bias_BKGTS=bias_BKGTS, sink_KG=sink_KG)
 
@@ -115,15 +121,28 @@ def attention(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern = Pattern(), rows: Rows 
 def chosen(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern, rows: Rows, added) -> str:
   """The fastest implementation that is proven for a case.
 
-  On the GPUs of PROVEN and for 16-bit arrays, unless it is a step of decoding: 'hopper', else 'gpu'. Else, and
-  everywhere else, 'blocked' where that can do the case, which is causal training on plain or packed rows; else
+  On the GPUs of PROVEN and for 16-bit arrays, unless it is a step of decoding or has slopes or a bias, which the
+  kernels have not met there: 'hopper', else 'gpu'. On TPUs, and in programs compiled for them elsewhere, 'decode_tpu'
+  for a few queries of a cache and 'tpu' for at least SHORT_TPU queries: both are proven by the simulator of a TPU and
+  by compilation for five chips, and have not been timed. Else, and everywhere else, 'blocked' where that can do the
+  case, which is causal training on plain or packed rows; else
   'reference'. 'cudnn' is never chosen: its results may differ from run to run.
   """
   names = ['blocked']
-  if _proven() and q_BTKGH.dtype != jnp.float32 and q_BTKGH.shape[1] >= SHORT:
+  if tpu.chip() is not None:
+    cached = rows.place_BT is not None and rows.place_BS is not None
+    names = ['decode_tpu'] * cached + ['tpu'] * (q_BTKGH.shape[1] >= SHORT_TPU) + names
+  if _proven() and q_BTKGH.dtype != jnp.float32 and q_BTKGH.shape[1] >= SHORT and set(added) <= {'sinks'}:
     names = ['hopper', 'gpu', 'blocked']
   able = [name for name in names if not LACKING[name](q_BTKGH, k_BSKH, v_BSKH, pattern, rows, added)]
   return able[0] if able else 'reference'
+
+
+def _chosen_of_parts(*case) -> str:
+  """What meets a part of the keys where rows are split among devices."""
+  wanted = chosen(*case)
+  wanted = {'hopper': 'gpu'}.get(wanted, wanted)
+  return wanted if wanted in OF_PARTS and not OF_PARTS[wanted](*case) else 'reference'
 
 
 def _proven() -> bool:
@@ -142,14 +161,19 @@ def _apart(kernel):
   def run(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, *, slope_KG=None, bias_BKGTS=None, sink_KG=None):
     named = {'place_BT': 'BT', 'place_BS': 'BS', 'segment_BT': 'BT', 'segment_BS': 'BS', 'prefix_BS': 'BS'}
     given = {name: getattr(rows, name) for name in named if getattr(rows, name) is not None}
-    more = {} if sink_KG is None else {'sink_KG': sink_KG}
+    named |= {'slope_KG': 'KG', 'bias_BKGTS': 'BKGTS', 'sink_KG': 'KG'}
+    more = {'slope_KG': slope_KG, 'bias_BKGTS': bias_BKGTS, 'sink_KG': sink_KG}
+    more = {name: x for name, x in more.items() if x is not None}
+    if bias_BKGTS is not None:  # split over heads as queries are
+      scores = (q_BTKGH.shape[2], q_BTKGH.shape[3], q_BTKGH.shape[1], k_BSKH.shape[1])
+      more['bias_BKGTS'] = jnp.broadcast_to(bias_BKGTS, (bias_BKGTS.shape[0], *scores))
 
     def mine(q_BTKGH, k_BSKH, v_BSKH, *arrays):
       arrays = dict(zip([*given, *more], arrays))
       return kernel(q_BTKGH, k_BSKH, v_BSKH, pattern, Rows(**{name: arrays[name] for name in given}),
                     **{name: arrays[name] for name in more})
 
-    axes = ['BTKGH', 'BSKH', 'BSKH', *(named[name] for name in given), *(['KG'] if more else [])]
+    axes = ['BTKGH', 'BSKH', 'BSKH', *(named[name] for name in (*given, *more))]
     return sharding.each(mine, axes, 'BTKGH')(q_BTKGH, k_BSKH, v_BSKH, *given.values(), *more.values())
 
   return run
@@ -209,7 +233,12 @@ def mask(T: int, S: int, pattern: Pattern = Pattern(), rows: Rows = Rows()):
 
 
 IMPLEMENTATIONS = {'reference': reference, 'blocked': _blocked, 'gpu': _apart(attention_gpu.attention),
-                   'hopper': _apart(attention_hopper.attention), 'cudnn': _apart(attention_cudnn.attention)}
+                   'hopper': _apart(attention_hopper.attention), 'cudnn': _apart(attention_cudnn.attention),
+                   'tpu': _apart(attention_tpu.attention),
+                   'decode_tpu': decode_attention.attends('tpu'), 'decode_gpu': decode_attention.attends('gpu')}
 # What of a case each cannot do: functions of (q, k, v, pattern, rows, what is added to scores) -> names.
 LACKING = {'reference': lambda *case: [], 'blocked': attention_blocked.lacking, 'gpu': attention_gpu.lacking,
-           'hopper': attention_hopper.lacking, 'cudnn': attention_cudnn.lacking}
+           'hopper': attention_hopper.lacking, 'cudnn': attention_cudnn.lacking, 'tpu': attention_tpu.lacking,
+           'decode_tpu': decode_attention.cannot('tpu'), 'decode_gpu': decode_attention.cannot('gpu')}
+OF_PARTS = {name: functools.partial(ring_attention.lacking, kernel) for name, kernel in ring_attention.KERNELS.items()}
+DECODING = ('reference', 'decode_tpu', 'decode_gpu')  # implementations of steps of decoding

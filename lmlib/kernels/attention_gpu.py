@@ -13,17 +13,16 @@ for bit. Which blocks meet is known beforehand (attention_ranges). Scores are ke
 """
 import dataclasses
 import functools
-import math
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
-from lmlib.kernels import attention_ranges
+from lmlib.kernels import attention_ranges, attention_tile
+from lmlib.kernels.attention_tile import LOG2E, UNSEEN, dot
+from lmlib.kernels.blocks import tuned
 
-LOG2E = math.log2(math.e)
-UNSEEN = -1e30  # a score that is not seen: finite, so that no difference of two is NaN
 SMALLEST, WIDEST = 16, 256  # of a block, and of a head
 
 
@@ -45,20 +44,21 @@ class Sizes:
 
 
 def sizes(dtype, width: int) -> Sizes:
-  """Blocks that fit the shared memory and registers of an H100 or A100."""
+  """Blocks that fit the shared memory and registers of an H100 or A100, or that were measured on the chip."""
+  found = Sizes()
   if dtype == jnp.float32:
     small = Blocks(64, 32, 4, 1) if width <= 128 else Blocks(32, 16, 4, 1)
-    return Sizes(small, dataclasses.replace(small, queries=small.keys, keys=small.queries), small)
-  if width > 128:
-    return Sizes(Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 1), Blocks(64, 32, 4, 1))
-  return Sizes()
+    found = Sizes(small, dataclasses.replace(small, queries=small.keys, keys=small.queries), small)
+  elif width > 128:
+    found = Sizes(Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 1), Blocks(64, 32, 4, 1))
+  return tuned('attention_gpu', f'{jnp.dtype(dtype).name} {width}', found)
 
 
 def lacking(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, added) -> list[str]:
-  """What of a case is not done here; `added`: names of what is added to scores."""
+  """What of a case is not done here; `added`: names of what is added to scores, all of which are done."""
+  del pattern, added
   width = max(q_BTKGH.shape[-1], v_BSKH.shape[-1])
   cases = {'a backend but a GPU, or a CPU that interprets it': jax.default_backend() not in ('gpu', 'cpu'),
-           **dict.fromkeys([name for name in added if name != 'sinks'], True),
            'keys in front': rows.front, f'heads wider than {WIDEST}': width > WIDEST,
            'arrays but of float32, bfloat16 or float16, all alike':
                len({x.dtype for x in (q_BTKGH, k_BSKH, v_BSKH)}) > 1
@@ -66,14 +66,13 @@ def lacking(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, added) -> list[str]:
   return [case for case, there in cases.items() if there]
 
 
-def attention(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, *, sink_KG=None, sizes_of=None, interpret=None):
-  """Attention, BTKG and the width of v; see attention.attention()."""
-  return partial_attention(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, sink_KG=sink_KG, sizes_of=sizes_of,
-                           interpret=interpret)[0]
+def attention(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, **more):
+  """Attention, BTKG and the width of v; see attention.attention() and partial_attention()."""
+  return partial_attention(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, **more)[0]
 
 
-def partial_attention(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, *, sink_KG=None, sizes_of: Sizes | None = None,
-                      interpret: bool | None = None):
+def partial_attention(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, *, slope_KG=None, bias_BKGTS=None, sink_KG=None,
+                      sizes_of: Sizes | None = None, interpret: bool | None = None):
   """(out, lse_BTKG): lse is the log of the sum of exp(score), -inf where nothing is seen, to join parts of the keys.
 
   Both have gradients. lse includes the sink. sizes_of: blocks, whose default is sizes(). interpret: run on any
@@ -84,44 +83,31 @@ def partial_attention(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, *, sink_KG=None, s
   interpret = jax.default_backend() == 'cpu' if interpret is None else interpret
   width = max(SMALLEST, 1 << (max(H, W) - 1).bit_length())
   sizes_of = sizes_of or sizes(q_BTKGH.dtype, width)
-  scale = H**-0.5 if pattern.scale is None else pattern.scale
   each = (sizes_of.forward, sizes_of.keys, sizes_of.queries)
   most_t = max(blocks.queries for blocks in each)
   most_s = max(blocks.keys for blocks in each)
   if any(most_t % blocks.queries or most_s % blocks.keys for blocks in each):
     raise ValueError(f'attention_gpu.Sizes {sizes_of}: the blocks of one kernel must be multiples of another\'s')
   long_t, long_s = -T % most_t, -S % most_s
-  filled = lambda x, axis, by, value=0: jnp.pad(x, [(0, by if i == axis else 0) for i in range(x.ndim)],
-                                                constant_values=value) if by else x
-  wide = lambda x, long: filled(filled(x, 1, long), x.ndim - 1, width - x.shape[-1])
+  wide = lambda x, long: attention_tile.fill(attention_tile.fill(x, 1, long), x.ndim - 1, width - x.shape[-1])
   q_BTNH = wide(q_BTKGH.reshape(B, T, K * G, H), long_t)
+  whole = attention_tile.whole(rows, q_BTKGH, k_BSKH, long_t, long_s)
   k_BSKH, v_BSKH = wide(k_BSKH, long_s), wide(v_BSKH, long_s)
-  given = rows.place_BT is not None or rows.place_BS is not None or long_t or long_s
-  place = lambda place_BT, T, long: filled(jnp.broadcast_to(
-      jnp.arange(T, dtype=jnp.int32)[None] if place_BT is None else place_BT.astype(jnp.int32), (B, T)), 1, long, -1)
-  segment_BS = rows.segment_BT if rows.segment_BS is None else rows.segment_BS
-  whole = dataclasses.replace(
-      rows, place_BT=place(rows.place_BT, T, long_t), place_BS=place(rows.place_BS, S, long_s),
-      segment_BT=None if rows.segment_BT is None else filled(rows.segment_BT.astype(jnp.int32), 1, long_t, -1),
-      segment_BS=None if segment_BS is None else filled(segment_BS.astype(jnp.int32), 1, long_s, -2),
-      prefix_BS=None if rows.prefix_BS is None else filled(rows.prefix_BS.astype(jnp.int32), 1, long_s))
-  sink_N = None if sink_KG is None else sink_KG.astype(jnp.float32).reshape(K * G)
-  case = _Case(pattern, scale, sizes_of, bool(given), whole.segment_BT is not None, rows.prefix_BS is not None,
-               interpret)
-  out_BTNH, lse_BNT = _attention(case, q_BTNH, k_BSKH, v_BSKH, sink_N, whole)
+  heads = lambda x_KG: None if x_KG is None else x_KG.astype(jnp.float32).reshape(K * G)
+  if bias_BKGTS is not None:
+    bias_BKGTS = jnp.broadcast_to(bias_BKGTS, (bias_BKGTS.shape[0], K, G, T, S)).reshape(-1, K * G, T, S)
+    bias_BKGTS = attention_tile.fill(attention_tile.fill(bias_BKGTS, 2, long_t), 3, long_s)
+  added = heads(sink_KG), heads(slope_KG), bias_BKGTS
+  case = _Case(**attention_tile.of_case(pattern, rows, H, long_t or long_s), sizes=sizes_of, interpret=interpret)
+  out_BTNH, lse_BNT = _attention(case, q_BTNH, k_BSKH, v_BSKH, added, whole)
   return (out_BTNH[:, :T, :, :W].reshape(B, T, K, G, W),
           lse_BNT[:, :, :T].swapaxes(1, 2).reshape(B, T, K, G))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Case:
+class _Case(attention_tile.Tile):
   """What a kernel is compiled for."""
-  pattern: object
-  scale: float
   sizes: Sizes
-  places: bool  # given, and not just 0, 1, 2, ...
-  segments: bool
-  prefix: bool
   interpret: bool
 
   def arrays(self, rows):
@@ -129,33 +115,28 @@ class _Case:
     at = lambda place, segment: [x for x, there in ((place, self.places), (segment, self.segments)) if there]
     return at(rows.place_BT, rows.segment_BT), at(rows.place_BS, rows.segment_BS) + [rows.prefix_BS] * self.prefix
 
-  def seen(self, of_T, of_S, start_t, start_s, size_t, size_s):
-    """Whether queries, size_t from start_t, see keys: TS. of_T, of_S: slices of arrays()."""
-    of_T, of_S = list(of_T), list(of_S)
-    place_T = of_T.pop(0) if self.places else start_t + jnp.arange(size_t, dtype=jnp.int32)
-    place_S = of_S.pop(0) if self.places else start_s + jnp.arange(size_s, dtype=jnp.int32)
-    place_T1, place_1S = place_T[:, None], place_S[None, :]
-    seen_TS = self.pattern.seen(place_T1, place_1S)
-    if self.prefix:
-      prefix_1S = of_S.pop()[None, :] > 0
-      seen_TS |= prefix_1S & dataclasses.replace(self.pattern, causal=False).seen(place_T1, place_1S)
-    if self.segments:
-      seen_TS &= of_T.pop()[:, None] == of_S.pop()[None, :]
-    return seen_TS
+  def tile(self, product_TS, numbers, starts, slope=None, bias_TS=None, *, masked: bool):
+    """(scores times log2(e), what the gradient of the product is multiplied by, distances for slopes).
 
-  def scores(self, product_TS):
-    """Scores times log2(e), and what their gradient is multiplied by before scale."""
-    cap = self.pattern.softcap
-    if cap is None:
-      return product_TS * (self.scale * LOG2E), None
-    tanh_TS = jnp.tanh(product_TS * (self.scale / cap))
-    return tanh_TS * (cap * LOG2E), 1 - tanh_TS * tanh_TS
-
-
-def _dot(a, b, dims):
-  """a . b over the dimensions (of a, of b), float32; float32 operands are not rounded to tf32."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    numbers(): slices of arrays(), of queries and of keys; starts: places of the first query and key of the tile.
+    """
+    score_TS, steep_TS = self.scores(product_TS)
+    away_TS = None
+    if masked or slope is not None:
+      of_T, of_S = numbers()
+      place = lambda given, side: (given.pop(0) if self.places else starts[side] + jnp.arange(
+          product_TS.shape[side], dtype=jnp.int32))
+      place_T1, place_1S = place(of_T, 0)[:, None], place(of_S, 1)[None, :]
+    if slope is not None:
+      away_TS = (place_1S - place_T1).astype(jnp.float32)
+      score_TS += away_TS * (slope * LOG2E)
+    if bias_TS is not None:
+      score_TS += bias_TS.astype(jnp.float32) * LOG2E
+    if masked:
+      prefix_1S = of_S.pop()[None, :] if self.prefix else None
+      segments = (of_T.pop()[:, None], of_S.pop()[None, :]) if self.segments else (None, None)
+      score_TS = jnp.where(self.seen(place_T1, place_1S, *segments, prefix_1S), score_TS, UNSEEN)
+    return score_TS, steep_TS, away_TS
 
 
 def _three(bounds_ref, step, carry, *where):
@@ -171,22 +152,23 @@ def _forward_kernel(case: _Case, *refs):
   """One block of queries of one head."""
   size_t, size_s = case.sizes.forward.queries, case.sizes.forward.keys
   of_t, of_s = case.places + case.segments, case.places + case.segments + case.prefix
-  bounds_ref, q_ref, k_ref, v_ref, sink_ref, *more, out_ref, lse_ref = refs
+  bounds_ref, q_ref, k_ref, v_ref, sink_ref, slope_ref, bias_ref, *more, out_ref, lse_ref = refs
   refs_T, refs_S = more[:of_t], more[of_t:of_t + of_s]
   i = pl.num_programs(2) - 1 - pl.program_id(2)  # the longest first
   q_TH, of_T = q_ref[...], [ref[...] for ref in refs_T]
+  slope = None if slope_ref is None else slope_ref[0]
 
   def step(j, carry, *, masked):
     most_T, sum_T, acc_TH = carry
     keys = pl.ds(j * size_s, size_s)
-    score_TS, _ = case.scores(_dot(q_TH, k_ref[keys, :], ((1,), (1,))))
-    if masked:
-      seen_TS = case.seen(of_T, [ref[keys] for ref in refs_S], i * size_t, j * size_s, size_t, size_s)
-      score_TS = jnp.where(seen_TS, score_TS, UNSEEN)
+    numbers = lambda: (list(of_T), [ref[keys] for ref in refs_S])
+    bias_TS = None if bias_ref is None else bias_ref[:, keys]
+    score_TS, *_ = case.tile(dot(q_TH, k_ref[keys, :], ((1,), (1,))), numbers, (i * size_t, j * size_s), slope, bias_TS,
+                             masked=masked)
     more_T = jnp.maximum(most_T, score_TS.max(1))
     shrink_T = jnp.exp2(most_T - more_T)
     prob_TS = jnp.exp2(score_TS - more_T[:, None])
-    acc_TH = acc_TH * shrink_T[:, None] + _dot(prob_TS.astype(v_ref.dtype), v_ref[keys, :], ((1,), (0,)))
+    acc_TH = acc_TH * shrink_T[:, None] + dot(prob_TS.astype(v_ref.dtype), v_ref[keys, :], ((1,), (0,)))
     return more_T, sum_T * shrink_T + prob_TS.sum(1), acc_TH
 
   zero_T, acc_TH = jnp.zeros((size_t,), jnp.float32), jnp.zeros((size_t, q_ref.shape[-1]), jnp.float32)
@@ -199,11 +181,20 @@ def _forward_kernel(case: _Case, *refs):
   lse_ref[...] = jnp.where(empty_T, -jnp.inf, (most_T + jnp.log2(sum_T)) / LOG2E)
 
 
+def _gradients(case: _Case, arrays, *tile, masked: bool):
+  """(probabilities, gradients of scores, of products but for scale, distances). arrays: q, k, v, dout, lse, delta."""
+  q_TH, k_SH, v_SH, dout_TH, lse_T, delta_T = arrays
+  score_TS, steep_TS, away_TS = case.tile(dot(q_TH, k_SH, ((1,), (1,))), *tile, masked=masked)
+  prob_TS = jnp.exp2(score_TS - lse_T[:, None])
+  dscore_TS = prob_TS * (dot(dout_TH, v_SH, ((1,), (1,))) - delta_T[:, None])
+  return prob_TS, dscore_TS, dscore_TS if steep_TS is None else dscore_TS * steep_TS, away_TS
+
+
 def _keys_kernel(case: _Case, group: int, *refs):
   """dk and dv of one block of keys of one key head."""
   size_t, size_s = case.sizes.keys.queries, case.sizes.keys.keys
   of_t = case.places + case.segments
-  bounds_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *more, dk_ref, dv_ref = refs
+  bounds_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, slope_ref, bias_ref, *more, dk_ref, dv_ref = refs
   refs_T, refs_S = more[:of_t], more[of_t:]
   j = pl.program_id(2)
   k_SH, v_SH, of_S = k_ref[...], v_ref[...], [ref[...] for ref in refs_S]
@@ -214,15 +205,13 @@ def _keys_kernel(case: _Case, group: int, *refs):
       dk_SH, dv_SH = carry
       queries = pl.ds(i * size_t, size_t)
       q_TH, dout_TH = q_ref[queries, g, :], dout_ref[queries, g, :]
-      score_TS, slope_TS = case.scores(_dot(q_TH, k_SH, ((1,), (1,))))
-      prob_TS = jnp.exp2(score_TS - lse_ref[g, queries][:, None])
-      if masked:
-        of_T = [ref[queries] for ref in refs_T]
-        prob_TS = jnp.where(case.seen(of_T, of_S, i * size_t, j * size_s, size_t, size_s), prob_TS, 0.0)
-      dv_SH += _dot(prob_TS.astype(dout_TH.dtype), dout_TH, ((0,), (0,)))
-      dscore_TS = prob_TS * (_dot(dout_TH, v_SH, ((1,), (1,))) - delta_ref[g, queries][:, None])
-      dscore_TS = dscore_TS if slope_TS is None else dscore_TS * slope_TS
-      return dk_SH + _dot(dscore_TS.astype(q_TH.dtype), q_TH, ((0,), (0,))), dv_SH
+      prob_TS, _, dproduct_TS, _ = _gradients(
+          case, (q_TH, k_SH, v_SH, dout_TH, lse_ref[g, queries], delta_ref[g, queries]),
+          lambda: ([ref[queries] for ref in refs_T], list(of_S)), (i * size_t, j * size_s),
+          None if slope_ref is None else slope_ref[g], None if bias_ref is None else bias_ref[g, queries, :],
+          masked=masked)
+      dv_SH += dot(prob_TS.astype(dout_TH.dtype), dout_TH, ((0,), (0,)))
+      return dk_SH + dot(dproduct_TS.astype(q_TH.dtype), q_TH, ((0,), (0,))), dv_SH
 
     return _three(bounds_ref, step, carry, j)
 
@@ -233,29 +222,54 @@ def _keys_kernel(case: _Case, group: int, *refs):
 
 
 def _queries_kernel(case: _Case, *refs):
-  """dq of one block of queries of one head."""
+  """dq of one block of queries of one head, and what each query adds to the gradient of the slope."""
   size_t, size_s = case.sizes.queries.queries, case.sizes.queries.keys
-  of_t = case.places + case.segments
-  bounds_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *more, dq_ref = refs
-  refs_T, refs_S = more[:of_t], more[of_t:]
+  of_t, of_s = case.places + case.segments, case.places + case.segments + case.prefix
+  bounds_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, slope_ref, bias_ref, *more = refs
+  refs_T, refs_S, (dq_ref, *dslope_ref) = more[:of_t], more[of_t:of_t + of_s], more[of_t + of_s:]
   i = pl.num_programs(2) - 1 - pl.program_id(2)
   q_TH, dout_TH, of_T = q_ref[...], dout_ref[...], [ref[...] for ref in refs_T]
   lse_T, delta_T = lse_ref[...], delta_ref[...]
+  slope = None if slope_ref is None else slope_ref[0]
 
-  def step(j, dq_TH, *, masked):
+  def step(j, carry, *, masked):
+    dq_TH, *dslope_T = carry
     keys = pl.ds(j * size_s, size_s)
     k_SH = k_ref[keys, :]
-    score_TS, slope_TS = case.scores(_dot(q_TH, k_SH, ((1,), (1,))))
-    prob_TS = jnp.exp2(score_TS - lse_T[:, None])
-    if masked:
-      seen_TS = case.seen(of_T, [ref[keys] for ref in refs_S], i * size_t, j * size_s, size_t, size_s)
-      prob_TS = jnp.where(seen_TS, prob_TS, 0.0)
-    dscore_TS = prob_TS * (_dot(dout_TH, v_ref[keys, :], ((1,), (1,))) - delta_T[:, None])
-    dscore_TS = dscore_TS if slope_TS is None else dscore_TS * slope_TS
-    return dq_TH + _dot(dscore_TS.astype(k_SH.dtype), k_SH, ((1,), (0,)))
+    _, dscore_TS, dproduct_TS, away_TS = _gradients(
+        case, (q_TH, k_SH, v_ref[keys, :], dout_TH, lse_T, delta_T),
+        lambda: (list(of_T), [ref[keys] for ref in refs_S]), (i * size_t, j * size_s), slope,
+        None if bias_ref is None else bias_ref[:, keys], masked=masked)
+    return dq_TH + dot(dproduct_TS.astype(k_SH.dtype), k_SH, ((1,), (0,))), *(
+        x_T + (dscore_TS * away_TS).sum(1) for x_T in dslope_T)
 
-  dq_TH = _three(bounds_ref, step, jnp.zeros(q_ref.shape, jnp.float32), i)
+  dslope_T = [jnp.zeros((size_t,), jnp.float32) for _ in dslope_ref]
+  dq_TH, *dslope_T = _three(bounds_ref, step, (jnp.zeros(q_ref.shape, jnp.float32), *dslope_T), i)
   dq_ref[...] = (dq_TH * case.scale).astype(dq_ref.dtype)
+  for ref, x_T in zip(dslope_ref, dslope_T):
+    ref[...] = x_T
+
+
+def _bias_kernel(case: _Case, shared: int, *refs):
+  """A tile of the gradient of the bias of one head, over the rows that share it."""
+  size_t, size_s = case.sizes.queries.queries, case.sizes.queries.keys
+  of_t = case.places + case.segments
+  bounds_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, slope_ref, bias_ref, *more, dbias_ref = refs
+  refs_T, refs_S = more[:of_t], more[of_t:]
+  i, j = pl.program_id(1), pl.program_id(2)
+  slope, bias_TS = None if slope_ref is None else slope_ref[0], bias_ref[...]
+
+  def row(b, dbias_TS):
+
+    def tile(_, dbias_TS):
+      arrays = [ref[b, ...] for ref in (q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref)]
+      numbers = lambda: ([ref[b, :] for ref in refs_T], [ref[b, :] for ref in refs_S])
+      return dbias_TS + _gradients(case, arrays, numbers, (i * size_t, j * size_s), slope, bias_TS, masked=True)[1]
+
+    met = (j >= bounds_ref[b, 0]) & (j < bounds_ref[b, 3])
+    return jax.lax.fori_loop(0, met.astype(jnp.int32), tile, dbias_TS)
+
+  dbias_ref[...] = jax.lax.fori_loop(0, shared, row, jnp.zeros(dbias_ref.shape, jnp.float32))
 
 
 def _call(kernel, blocks: Blocks, case: _Case, grid, inputs, outputs, flops: float, name: str):
@@ -275,21 +289,34 @@ def _of_rows(arrays, spec):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(case: _Case, q_BTNH, k_BSKH, v_BSKH, sink_N, rows):
-  """(out_BTNH, lse_BNT)."""
-  return _forward(case, q_BTNH, k_BSKH, v_BSKH, sink_N, rows)[0]
+def _attention(case: _Case, q_BTNH, k_BSKH, v_BSKH, added, rows):
+  """(out_BTNH, lse_BNT). added: sink_N, slope_N, bias_BNTS, None those that there are not."""
+  return _forward(case, q_BTNH, k_BSKH, v_BSKH, added, rows)[0]
 
 
-def _forward(case: _Case, q_BTNH, k_BSKH, v_BSKH, sink_N, rows):
+def _of_bias(bias_BNTS, block, at):
+  """A spec for a bias, of one row if all rows share it. at(grid) -> the index of a block."""
+
+  def index(*grid):
+    b, *place = at(*grid)
+    return (0 if bias_BNTS.shape[0] == 1 else b, *place)
+
+  return None if bias_BNTS is None else pl.BlockSpec(block, index)
+
+
+def _forward(case: _Case, q_BTNH, k_BSKH, v_BSKH, added, rows):
   B, T, N, H = q_BTNH.shape
   S, G, blocks = k_BSKH.shape[1], N // k_BSKH.shape[2], case.sizes.forward
+  sink_N, slope_N, bias_BNTS = added
   bounds_BI4 = attention_ranges.ranges(*attention_ranges.met(case.pattern, rows, blocks.queries, blocks.keys))
   I = T // blocks.queries
   of_T, of_S = case.arrays(rows)
   queries = pl.BlockSpec((None, blocks.queries, None, H), lambda n, b, i: (b, I - 1 - i, n, 0))
   keys = pl.BlockSpec((None, S, None, H), lambda n, b, i: (b, 0, n // G, 0))
+  head = pl.BlockSpec((1,), lambda n, b, i: (n,))
+  bias = _of_bias(bias_BNTS, (None, None, blocks.queries, S), lambda n, b, i: (b, n, I - 1 - i, 0))
   inputs = [(bounds_BI4, pl.BlockSpec((None, I, 4), lambda n, b, i: (b, 0, 0))), (q_BTNH, queries), (k_BSKH, keys),
-            (v_BSKH, keys), (sink_N, pl.BlockSpec((1,), lambda n, b, i: (n,))),
+            (v_BSKH, keys), (sink_N, head), (slope_N, head), (bias_BNTS, bias),
             *_of_rows(of_T, pl.BlockSpec((None, blocks.queries), lambda n, b, i: (b, I - 1 - i))),
             *_of_rows(of_S, pl.BlockSpec((None, S), lambda n, b, i: (b, 0)))]
   outputs = [(jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), queries),
@@ -297,11 +324,11 @@ def _forward(case: _Case, q_BTNH, k_BSKH, v_BSKH, sink_N, rows):
               pl.BlockSpec((None, None, blocks.queries), lambda n, b, i: (b, n, I - 1 - i)))]
   out_BTNH, lse_BNT = _call(functools.partial(_forward_kernel, case), blocks, case, (N, B, I), inputs, outputs,
                             4 * B * N * T * S * H / (1 + case.pattern.causal), 'attention_forward')
-  return (out_BTNH, lse_BNT), (q_BTNH, k_BSKH, v_BSKH, sink_N, rows, out_BTNH, lse_BNT)
+  return (out_BTNH, lse_BNT), (q_BTNH, k_BSKH, v_BSKH, added, rows, out_BTNH, lse_BNT)
 
 
 def _backward(case: _Case, saved, gradients):
-  q_BTNH, k_BSKH, v_BSKH, sink_N, rows, out_BTNH, lse_BNT = saved
+  q_BTNH, k_BSKH, v_BSKH, (sink_N, slope_N, bias_BNTS), rows, out_BTNH, lse_BNT = saved
   dout_BTNH, dlse_BNT = gradients
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
@@ -321,6 +348,8 @@ def _backward(case: _Case, saved, gradients):
   sums = pl.BlockSpec((None, G, T), lambda k, b, j: (b, k, 0))
   inputs = [(bounds_BJ4, pl.BlockSpec((None, S // blocks.keys, 4), lambda k, b, j: (b, 0, 0))),
             *zip(given, (queries, keys, keys, queries, sums, sums)),
+            (slope_N, pl.BlockSpec((G,), lambda k, b, j: (k,))),
+            (bias_BNTS, _of_bias(bias_BNTS, (None, G, T, blocks.keys), lambda k, b, j: (b, k, 0, j))),
             *_of_rows(of_T, pl.BlockSpec((None, T), lambda k, b, j: (b, 0))),
             *_of_rows(of_S, pl.BlockSpec((None, blocks.keys), lambda k, b, j: (b, j)))]
   dk_BSKH, dv_BSKH = _call(functools.partial(_keys_kernel, case, G), blocks, case, (K, B, S // blocks.keys), inputs,
@@ -333,14 +362,40 @@ def _backward(case: _Case, saved, gradients):
   queries = pl.BlockSpec((None, blocks.queries, None, H), lambda n, b, i: (b, I - 1 - i, n, 0))
   keys = pl.BlockSpec((None, S, None, H), lambda n, b, i: (b, 0, n // G, 0))
   sums = pl.BlockSpec((None, None, blocks.queries), lambda n, b, i: (b, n, I - 1 - i))
+  head, float32 = pl.BlockSpec((1,), lambda n, b, i: (n,)), lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
   inputs = [(bounds_BI4, pl.BlockSpec((None, I, 4), lambda n, b, i: (b, 0, 0))),
-            *zip(given, (queries, keys, keys, queries, sums, sums)),
+            *zip(given, (queries, keys, keys, queries, sums, sums)), (slope_N, head),
+            (bias_BNTS, _of_bias(bias_BNTS, (None, None, blocks.queries, S), lambda n, b, i: (b, n, I - 1 - i, 0))),
             *_of_rows(of_T, pl.BlockSpec((None, blocks.queries), lambda n, b, i: (b, I - 1 - i))),
             *_of_rows(of_S, pl.BlockSpec((None, S), lambda n, b, i: (b, 0)))]
-  [dq_BTNH] = _call(functools.partial(_queries_kernel, case), blocks, case, (N, B, I), inputs,
-                    [(jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), queries)], 1.5 * flops,
-                    'attention_backward_queries')
-  return dq_BTNH, dk_BSKH, dv_BSKH, dsink_N, None
+  outputs = [(jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), queries),
+             *([] if slope_N is None else [(float32(B, N, T), sums)])]
+  dq_BTNH, *dslope_BNT = _call(functools.partial(_queries_kernel, case), blocks, case, (N, B, I), inputs, outputs,
+                               1.5 * flops, 'attention_backward_queries')
+  dslope_N = dslope_BNT[0].sum((0, 2)) if dslope_BNT else None
+  dbias_BNTS = None if bias_BNTS is None else _bias_gradient(case, bounds_BI4, given, slope_N, bias_BNTS, rows)
+  return dq_BTNH, dk_BSKH, dv_BSKH, (dsink_N, dslope_N, dbias_BNTS), None
+
+
+def _bias_gradient(case: _Case, bounds_BI4, given, slope_N, bias_BNTS, rows):
+  """BNTS like the bias; the sum over all rows if they share it."""
+  (B, T, N, H), (S, K), blocks = given[0].shape, given[1].shape[1:3], case.sizes.queries
+  G, shared, (of_T, of_S) = N // K, B // bias_BNTS.shape[0], case.arrays(rows)
+  spec = lambda block, at: pl.BlockSpec(block, lambda bn, i, j: at(bn // N, bn % N, i, j))
+  queries = spec((shared, blocks.queries, None, H), lambda b, n, i, j: (b, i, n, 0))
+  keys = spec((shared, blocks.keys, None, H), lambda b, n, i, j: (b, j, n // G, 0))
+  sums = spec((shared, None, blocks.queries), lambda b, n, i, j: (b, n, i))
+  bias = spec((None, None, blocks.queries, blocks.keys), lambda b, n, i, j: (b, n, i, j))
+  inputs = [(bounds_BI4, spec((shared, None, 4), lambda b, n, i, j: (b, i, 0))),
+            *zip(given, (queries, keys, keys, queries, sums, sums)),
+            (slope_N, spec((1,), lambda b, n, i, j: (n,))), (bias_BNTS, bias),
+            *_of_rows(of_T, spec((shared, blocks.queries), lambda b, n, i, j: (b, i))),
+            *_of_rows(of_S, spec((shared, blocks.keys), lambda b, n, i, j: (b, j)))]
+  grid = (bias_BNTS.shape[0] * N, T // blocks.queries, S // blocks.keys)
+  [dbias_BNTS] = _call(functools.partial(_bias_kernel, case, shared), blocks, case, grid, inputs,
+                       [(jax.ShapeDtypeStruct(bias_BNTS.shape, jnp.float32), bias)],
+                       4 * B * N * T * S * H / (1 + case.pattern.causal), 'attention_backward_bias')
+  return dbias_BNTS.astype(bias_BNTS.dtype)
 
 
 _attention.defvjp(_forward, _backward)

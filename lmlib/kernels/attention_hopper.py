@@ -13,6 +13,7 @@ bit, where one kernel with atomic sums would make two products less.
 """
 import dataclasses
 import functools
+import inspect
 import math
 
 import jax
@@ -298,13 +299,17 @@ def _forward_kernel(mosaic, case: _Case, group: int, refs, memory):
             sizes.slots, last - first, lambda t: last - 1 - t)
 
 
-def _kernel(mosaic, body, grid, scratch, outputs, inputs):
-  """Runs body(refs, memory) on a grid of (heads, tiles, rows of the batch)."""
-  count = len(inputs) + len(outputs)
+def _kernel(mosaic, body, grid, scratch, outputs, inputs, *, products: int):
+  """Runs body(refs, memory) on a grid of (heads, tiles, rows of the batch); products: of a block of scores' size."""
+  count, (B, T, N, H) = len(inputs) + len(outputs), inputs[0].shape
+  pairs = B * N * T * T // 2
+  cost = pl.CostEstimate(flops=2 * products * pairs * H, transcendentals=pairs,
+                         bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *outputs)))
+  given = {'cost_estimate': cost} if 'cost_estimate' in inspect.signature(mosaic.kernel).parameters else {}  # jax 0.12
   return mosaic.kernel(
       lambda *refs: body(refs[:count], refs[count:]), out_type=list(outputs), scratch_types=scratch, grid=grid,
       grid_names=('n', 'i', 'b'), num_threads=GROUPS + 1, thread_name='warpgroup',
-      compiler_params=mosaic.CompilerParams(approx_math=True))(*inputs)
+      compiler_params=mosaic.CompilerParams(approx_math=True), **given)(*inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -326,7 +331,7 @@ def _forward(case: _Case, q_BTNH, k_BSKH, v_BSKH, segment_BT):
   outputs = [jax.ShapeDtypeStruct(q_BTNH.shape, dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)]
   inputs = [q_BTNH, k_BSKH, v_BSKH, bounds_BI4, *([segment_BT] if case.segments else [])]
   out_BTNH, lse_BNT = _kernel(mosaic, functools.partial(_forward_kernel, mosaic, case, N // k_BSKH.shape[2]),
-                              (N, T // TILE, B), scratch, outputs, inputs)
+                              (N, T // TILE, B), scratch, outputs, inputs, products=2)
   return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, segment_BT, out_BTNH, lse_BNT)
 
 
@@ -519,7 +524,7 @@ def _backward(case: _Case, saved, dout_BTNH):
   bounds_BJ4 = case.bounds(segment_BT, B, T, size, of_keys=True)
   dk_BSKH, dv_BSKH = _kernel(mosaic, functools.partial(_keys_kernel, mosaic, case, N // K), (K, T // TILE, B),
                              scratch, [jax.ShapeDtypeStruct(k_BSKH.shape, dtype)] * 2,
-                             [*given, bounds_BJ4, *segments])
+                             [*given, bounds_BJ4, *segments], products=4)
 
   slots, size = sizes.slots_keys, sizes.keys_back
   streamed = _tiles(mosaic, slots, size, H)(dtype)
@@ -528,7 +533,7 @@ def _backward(case: _Case, saved, dout_BTNH):
              *[free(slots)] * 2, *[mosaic.SMEM((slots, size), jnp.int32)] * case.segments]
   bounds_BI4 = case.bounds(segment_BT, B, T, size, of_keys=False)
   [dq_BTNH] = _kernel(mosaic, functools.partial(_queries_kernel, mosaic, case, N // K), (N, T // TILE, B), scratch,
-                      [jax.ShapeDtypeStruct(q_BTNH.shape, dtype)], [*given, bounds_BI4, *segments])
+                      [jax.ShapeDtypeStruct(q_BTNH.shape, dtype)], [*given, bounds_BI4, *segments], products=3)
   return dq_BTNH, dk_BSKH, dv_BSKH, None
 
 

@@ -1,94 +1,116 @@
-"""Cross-entropy of next tokens straight from hidden states, without all logits in memory.
+"""Cross-entropy and log-probabilities of tokens straight from hidden states, without all logits in memory.
 
-  logits[t,v] = cap(x[t,:] . w[:,v]),   lse[t] = log sum_v exp(logits[t,v]),   cap(x) = c tanh(x / c) if c is given
-  nats = sum_t weight[t] (lse[t] - logits[t, target[t]])
+  logits[t,v] = cap(x[t,:] . w[:,v]) / temperature,   lse[t] = log sum_v exp(logits[t,v]),   p = exp(logits - lse)
+  logp[t] = logits[t, target[t]] - lse[t],   entropy[t] = lse[t] - sum_v p[t,v] logits[t,v]
+  nats = -sum_t weight[t] logp[t]
   total = nats + z_loss sum_t weight[t] lse[t]^2          (z-loss of PaLM, Chowdhery et al. 2022)
 
-A chunk of positions at a time; its gradient is made on the way forward, while the logits are at hand
-(as in Liger Kernel, Hsu et al. 2024), so that only arrays the size of x and w are kept and the
-logits are never made twice. Logits, softmax and sums are float32.
+cap(x) = c tanh(x / c) if c is given (Gemma 2, 2024). Logits, softmax and sums are float32.
 """
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-CHUNK = 512  # positions at once, all rows of the batch together
+from lmlib.kernels import choice, cross_entropy_chunked, cross_entropy_tpu
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def cross_entropy(x_BTD, w_DV, targets_BT, weight_BT, z_loss: float | None = None, softcap: float | None = None):
+@dataclasses.dataclass(frozen=True)
+class Logits:
+  """How logits are made of hidden states and a matrix DV, and by what."""
+  softcap: float | None = None  # products lie between -softcap and softcap
+  temperature: float | None = None  # what they are divided by then
+  tied: bool = False  # DV is the transpose of a table VD: where it matters, that is read as it is stored
+  implementation: str = 'auto'  # of IMPLEMENTATIONS, or 'auto': see chosen()
+
+  def __post_init__(self):
+    for name in ('softcap', 'temperature'):
+      value = getattr(self, name)
+      if value is not None and not value > 0:
+        raise ValueError(f'cross_entropy.Logits.{name}={value!r} must be positive; None turns it off')
+    if self.implementation not in ('auto', *IMPLEMENTATIONS):
+      raise ValueError(f"cross_entropy.Logits.implementation={self.implementation!r} must be 'auto' or one of "
+                       f'{sorted(IMPLEMENTATIONS)}')
+
+  def of(self, product):
+    """The logits of products, of any shape."""
+    capped = product if self.softcap is None else self.softcap * jnp.tanh(product / self.softcap)
+    return capped if self.temperature is None else capped / self.temperature
+
+  def pulled(self, dlogits, logits):
+    """The gradient of products, from that of logits."""
+    if self.softcap is not None:
+      dlogits = dlogits * (1 - (logits * ((self.temperature or 1.0) / self.softcap))**2)
+    return dlogits if self.temperature is None else dlogits / self.temperature
+
+
+def cross_entropy(x_BTD, w_DV, targets_BT, weight_BT, z_loss: float | None = None, logits: Logits | None = None):
   """(total, nats, correct): float32 sums over all positions. Only `total` has a gradient, for x and w.
 
-  `correct` is the weight of the positions whose target has the highest logit.
+  `correct` is the weight of the positions whose target has the highest logit. A target outside of the vocabulary
+  makes total and nats NaN, unless it has no weight. ValueError if the implementation asked for cannot do the case.
   """
-  return _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap, gradients=False)[0]
-
-
-def reference(x_BTD, w_DV, targets_BT, weight_BT, z_loss: float | None = None, softcap: float | None = None):
-  """The equations above, all logits in memory; differentiable as it stands."""
-  logits_BTV = jnp.einsum('BTD,DV->BTV', x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-  logits_BTV = logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
-  lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  logits = logits or Logits()
+  implementation = _able(x_BTD, w_DV, logits)
+  V = w_DV.shape[1]
+  known_BT = (targets_BT >= 0) & (targets_BT < V)
+  weight_BT = jnp.where(known_BT | (weight_BT == 0), weight_BT, jnp.nan)
+  targets_BT = jnp.where(known_BT, targets_BT, 0)
+  if implementation == 'chunked':
+    return cross_entropy_chunked.cross_entropy(x_BTD, w_DV, targets_BT, weight_BT, z_loss, logits)
+  lse_BT, target_BT, most_BT, _ = IMPLEMENTATIONS[implementation](x_BTD, w_DV, targets_BT, logits, False)
   nats = ((lse_BT - target_BT) * weight_BT).sum()
   total = nats if z_loss is None else nats + z_loss * (lse_BT**2 * weight_BT).sum()
-  return total, nats, ((target_BT == logits_BTV.max(-1)) * weight_BT).sum()
+  correct = ((target_BT == most_BT) * weight_BT).sum()
+  return total, jax.lax.stop_gradient(nats), jax.lax.stop_gradient(correct)
 
 
-def _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap, *, gradients: bool):
-  """((total, nats, correct), (dx_BTD, dw_DV) or None)."""
-  B, T, _ = x_BTD.shape
-  size = max(1, min(T, CHUNK // B))
-  count = -(-T // size)
-  w_DV, dtype = w_DV.astype(x_BTD.dtype), w_DV.dtype
+def log_probs(x_BTD, w_DV, targets_BT, logits: Logits | None = None, *, entropy: bool = False):
+  """Log-probabilities of targets, BT in float32; with `entropy` a pair of them and the entropies, BT in nats.
 
-  def cut(y_BT):  # B T ... -> count B size ..., the last chunk filled up with zeros, which weigh nothing
-    filled = jnp.pad(y_BT, [(0, 0), (0, count * size - T)] + [(0, 0)] * (y_BT.ndim - 2))
-    return filled.reshape(B, count, size, *y_BT.shape[2:]).swapaxes(0, 1)
-
-  def chunk(carry, part):
-    sums, dw_DV = carry
-    x_BTD, targets_BT, weight_BT = part
-    logits_BTV = jnp.einsum('BTD,DV->BTV', x_BTD, w_DV, preferred_element_type=jnp.float32)
-    logits_BTV = logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
-    most_BT1 = logits_BTV.max(-1, keepdims=True)
-    raised_BTV = jnp.exp(logits_BTV - most_BT1)
-    sum_BT1 = raised_BTV.sum(-1, keepdims=True)
-    lse_BT = (most_BT1 + jnp.log(sum_BT1))[..., 0]
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    nats = ((lse_BT - target_BT) * weight_BT).sum()
-    total = nats if z_loss is None else nats + z_loss * (lse_BT**2 * weight_BT).sum()
-    correct = ((target_BT == most_BT1[..., 0]) * weight_BT).sum()
-    sums = jax.tree.map(jnp.add, sums, (total, nats, correct))
-    if not gradients:
-      return (sums, dw_DV), None
-    slope_BT = weight_BT if z_loss is None else weight_BT * (1 + 2 * z_loss * lse_BT)
-    hit_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
-    dlogits_BTV = raised_BTV * (slope_BT[..., None] / sum_BT1) - jnp.where(hit_BTV, weight_BT[..., None], 0)
-    if softcap is not None:
-      dlogits_BTV *= 1 - (logits_BTV / softcap)**2
-    dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
-    dx_BTD = jnp.einsum('BTV,DV->BTD', dlogits_BTV, w_DV)
-    x_MD, dlogits_MV = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, dlogits_BTV))  # sums over one axis are faster
-    dw_DV += jnp.einsum('MD,MV->DV', x_MD, dlogits_MV, preferred_element_type=jnp.float32)
-    return (sums, dw_DV), dx_BTD
-
-  zero = jnp.zeros((), jnp.float32)
-  dw_DV = jnp.zeros(w_DV.shape, jnp.float32) if gradients else zero
-  (sums, dw_DV), dx = jax.lax.scan(chunk, ((zero,) * 3, dw_DV), (cut(x_BTD), cut(targets_BT), cut(weight_BT)))
-  if not gradients:
-    return sums, None
-  return sums, (dx.swapaxes(0, 1).reshape(B, count * size, -1)[:, :T], dw_DV.astype(dtype))
+  Both have gradients for x and w, whatever follows. Where a target is negative there is no token: zeros, and no
+  gradient. A target beyond the vocabulary gives NaN. ValueError as cross_entropy().
+  """
+  lse_BT, target_BT, _, mean_BT = facts(x_BTD, w_DV, targets_BT, logits, entropy=entropy)
+  there_BT = targets_BT >= 0
+  logp_BT = jnp.where(there_BT, target_BT - lse_BT, 0)
+  return (logp_BT, jnp.where(there_BT, lse_BT - mean_BT, 0)) if entropy else logp_BT
 
 
-def _forward(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap):
-  return _chunked(x_BTD, w_DV, targets_BT, weight_BT, z_loss, softcap, gradients=True)
+def facts(x_BTD, w_DV, targets_BT, logits: Logits | None = None, *, entropy: bool = False):
+  """(lse_BT, target_BT, most_BT, mean_BT) of the logits of each position, in float32.
+
+  most is the highest and has no gradient; mean is that under p, None without `entropy`. The logit of a negative target
+  is that of token 0, of one beyond the vocabulary NaN.
+  """
+  logits = logits or Logits()
+  clipped_BT = jnp.clip(targets_BT, 0, w_DV.shape[1] - 1)
+  found = IMPLEMENTATIONS[_able(x_BTD, w_DV, logits)](x_BTD, w_DV, clipped_BT, logits, entropy)
+  lse_BT, target_BT, most_BT, mean_BT = found
+  return lse_BT, jnp.where(targets_BT < w_DV.shape[1], target_BT, jnp.nan), jax.lax.stop_gradient(most_BT), mean_BT
 
 
-def _backward(z_loss, softcap, gradients, slopes):
-  dx_BTD, dw_DV = gradients
-  return (slopes[0] * dx_BTD).astype(dx_BTD.dtype), (slopes[0] * dw_DV).astype(dw_DV.dtype), None, None
+def reference(x_BTD, w_DV, targets_BT, logits: Logits, entropy: bool):
+  """facts() by the equations above, all logits in memory; differentiable as it stands."""
+  product_BTV = jnp.einsum('BTD,DV->BTV', x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+  logits_BTV = logits.of(product_BTV)
+  lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  mean_BT = (jnp.exp(logits_BTV - lse_BT[..., None]) * logits_BTV).sum(-1) if entropy else None
+  return lse_BT, target_BT, jax.lax.stop_gradient(logits_BTV.max(-1)), mean_BT
 
 
-cross_entropy.defvjp(_forward, _backward)
+def chosen(x_BTD, w_DV, logits: Logits) -> str:
+  """The fastest implementation that is proven: 'chunked', everywhere. 'tpu' was not timed on a TPU yet."""
+  return 'chunked'
+
+
+def _able(x_BTD, w_DV, logits: Logits) -> str:
+  """The name of the implementation of a case; ValueError if it cannot do it."""
+  return choice.chosen('cross_entropy', logits.implementation, chosen, LACKING, (x_BTD, w_DV, logits))
+
+
+# facts() of targets inside the vocabulary: functions of (x_BTD, w_DV, targets_BT, logits, entropy).
+IMPLEMENTATIONS = {'reference': reference, 'chunked': cross_entropy_chunked.facts, 'tpu': cross_entropy_tpu.facts}
+# What of a case each cannot do: functions of (x_BTD, w_DV, logits) -> names.
+LACKING = {'reference': lambda *case: [], 'chunked': lambda *case: [], 'tpu': cross_entropy_tpu.lacking}

@@ -7,28 +7,41 @@ Rows beyond the last group give zeros. A group may be empty.
 import jax
 import jax.numpy as jnp
 
-from lmlib.kernels import grouped_matmul_blocked
+from lmlib import sharding
+from lmlib.kernels import choice, grouped_matmul_blocked, grouped_matmul_gpu, grouped_matmul_tpu, tpu
 
 
 def grouped_matmul(x_MD, w_EDF, sizes_E, *, most: int | None = None, implementation: str = 'auto'):
   """The products, MF in the type of x.
 
-  most: no group is larger, which the caller must know: the products are then one batch of E x most rows.
-  implementation: a name of IMPLEMENTATIONS; 'auto' is 'padded' where `most` is given, else 'blocked' on a CPU
-  and 'ragged' elsewhere. ValueError if there is none of that name or if 'padded' lacks `most`.
+  most: no group is larger, which the caller must know. implementation: a name of IMPLEMENTATIONS, or 'auto': see
+  chosen(). ValueError if there is none of that name or if the one asked for cannot do the case. 'tpu' runs on a
+  CPU too, interpreted and slow, and so does 'gpu'.
   """
-  if implementation == 'auto':
-    if most is not None:
-      return padded(x_MD, w_EDF, sizes_E, most)
-    return _by_platform(x_MD, w_EDF, sizes_E)
-  if implementation == 'padded':
-    if most is None:
-      raise ValueError("grouped_matmul implementation='padded' needs `most`, the largest size of a group; "
-                       "'ragged' does not")
-    return padded(x_MD, w_EDF, sizes_E, most)
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'grouped_matmul implementation={implementation!r} is none of {sorted(IMPLEMENTATIONS)}')
-  return IMPLEMENTATIONS[implementation](x_MD, w_EDF, sizes_E)
+  case = x_MD, w_EDF, sizes_E, most
+  name = choice.chosen('grouped_matmul', implementation, _here, LACKING, case)
+  if name == 'padded':
+    return padded(*case)
+  # What is compiled for one platform may run on another: 'auto' is all of them, in one program.
+  return _by_platform(*case[:3]) if implementation == 'auto' else IMPLEMENTATIONS[name](*case[:3])
+
+
+def _here(x_MD, w_EDF, sizes_E, most) -> str:
+  platform = 'tpu' if tpu.chip() is not None else jax.default_backend()
+  return chosen(x_MD, w_EDF, sizes_E, most, platform=platform)
+
+
+def chosen(x_MD, w_EDF, sizes_E, most: int | None = None, *, platform: str) -> str:
+  """What 'auto' takes on a platform: 'cpu', 'tpu' or another.
+
+  'padded' where `most` is given: the products are then one batch of E x most rows. Else 'blocked' on a CPU, 'tpu' on
+  a TPU where that can do the case, and 'ragged'. Never 'gpu', which has not been timed.
+  """
+  if most is not None:
+    return 'padded'
+  if platform == 'tpu' and not grouped_matmul_tpu.lacking(x_MD, w_EDF, sizes_E):
+    return 'tpu'
+  return 'blocked' if platform == 'cpu' else 'ragged'
 
 
 def reference(x_MD, w_EDF, sizes_E):
@@ -46,23 +59,36 @@ def ragged(x_MD, w_EDF, sizes_E):
   return jnp.where(inside_M[:, None], jax.lax.ragged_dot(x_MD, w_EDF, sizes_E), 0)
 
 
-# XLA's ragged product knows no vmap over rows; the choice below is compiled for every platform that may come.
-_ragged = jax.custom_batching.sequential_vmap(ragged)
+# XLA cannot split kernels by itself: every device makes its own columns.
+_gpu, _tpu = (sharding.each(kernel.grouped_matmul, ('MD', 'EDF', 'E'), 'MF')
+              for kernel in (grouped_matmul_gpu, grouped_matmul_tpu))
 
 
-@jax.custom_batching.sequential_vmap
-def _ragged_backward(x_MD, w_EDF, sizes_E, dout_MF):
-  return jax.vjp(lambda x, w: ragged(x, w, sizes_E), x_MD, w_EDF)[1](dout_MF)
+def _both(product):
+  """(the product, its gradients for x and w), which know vmap over rows: XLA's ragged product does not."""
+
+  def gradients(x_MD, w_EDF, sizes_E, dout_MF):
+    return jax.vjp(lambda x, w: product(x, w, sizes_E), x_MD, w_EDF)[1](dout_MF)
+
+  return jax.custom_batching.sequential_vmap(product), jax.custom_batching.sequential_vmap(gradients)
+
+
+def _branches(which: int, *case):
+  """The functions of BOTH that are chosen, by the platform that a program may be compiled for."""
+  platforms = {'cpu': 'cpu', 'default': 'gpu'}
+  if tpu.chip() is not None:
+    platforms['tpu'] = 'tpu'
+  return {name: BOTH[chosen(*case, platform=platform)][which] for name, platform in platforms.items()}
 
 
 @jax.custom_vjp
 def _by_platform(x_MD, w_EDF, sizes_E):
-  return jax.lax.platform_dependent(x_MD, w_EDF, sizes_E, cpu=grouped_matmul_blocked.grouped_matmul, default=_ragged)
+  case = x_MD, w_EDF, sizes_E
+  return jax.lax.platform_dependent(*case, **_branches(0, *case))
 
 
 def _backward(saved, dout_MF):
-  blocked = lambda *arguments: grouped_matmul_blocked.backward(arguments[:3], arguments[3])[:2]
-  return *jax.lax.platform_dependent(*saved, dout_MF, cpu=blocked, default=_ragged_backward), None
+  return *jax.lax.platform_dependent(*saved, dout_MF, **_branches(1, *saved)), None
 
 
 _by_platform.defvjp(lambda *arguments: (_by_platform(*arguments), arguments), _backward)
@@ -87,4 +113,11 @@ def group(sizes_E, rows: int) -> jax.Array:
 
 
 IMPLEMENTATIONS = {'reference': reference, 'ragged': ragged, 'padded': padded,
-                   'blocked': grouped_matmul_blocked.grouped_matmul}
+                   'blocked': grouped_matmul_blocked.grouped_matmul, 'gpu': _gpu, 'tpu': _tpu}
+# What of a case each cannot do: functions of (x, w, sizes, most) -> names.
+LACKING = {**dict.fromkeys(IMPLEMENTATIONS, lambda *case: []),
+           'gpu': grouped_matmul_gpu.lacking, 'tpu': grouped_matmul_tpu.lacking,
+           'padded': lambda x_MD, w_EDF, sizes_E, most: [] if most is not None else ['groups without `most`']}
+BOTH = {'ragged': _both(ragged), 'tpu': _both(_tpu),
+        'blocked': (grouped_matmul_blocked.grouped_matmul,
+                    lambda *arguments: grouped_matmul_blocked.backward(arguments[:3], arguments[3])[:2])}

@@ -57,7 +57,7 @@ class Config:
   ends: Ends = Ends()
   execution: Execution = Execution()
 
-  softcap = None
+  softcap, tied = None, False  # the matrix of unembed() has a row more than the table
 
   def __post_init__(self):
     for name in ('vocab', 'layers', 'width', 'hidden', 'heads', 'head_width', 'length'):

@@ -53,6 +53,10 @@ class Config:
 
   softcap = None
 
+  @property
+  def tied(self) -> bool:
+    return self.ends.tied
+
   def __post_init__(self):
     for name in ('vocab', 'encoder_layers', 'layers', 'width', 'hidden', 'heads', 'head_width', 'length'):
       if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:

@@ -87,7 +87,7 @@ class DenseBlock(Block):
   def attend(self, x_BTD, places: Places, layer, kv):
     cfg = self.cfg
     return LatentAttention(cfg.width, cfg.heads, cfg.attention, self.out_scale, cfg.execution.attention,
-                           name='attention')(x_BTD, places, kv)
+                           cfg.execution.decoding, name='attention')(x_BTD, places, kv)
 
   def feed(self, x_BTD, places: Places):
     cfg = self.cfg

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lmlib import sharding
+from lmlib.kernels.cross_entropy import Logits
 
 
 class Config(Protocol):
@@ -34,6 +35,10 @@ class Config(Protocol):
   def softcap(self) -> float | None:
     """Logits are softcap * tanh(BTD @ DV / softcap); None: not capped."""
 
+  @property
+  def tied(self) -> bool:
+    """Whether DV is the transpose of the table that embeds tokens."""
+
   def cache(self, batch: int, length: int) -> Any:
     """An empty cache for decoding, with a field used_B: positions filled in each row."""
 
@@ -54,6 +59,11 @@ def encodes(config: Config) -> bool:
 def expert_share(config: Config) -> float:
   """The share of its experts that computes a token of a model; 1 for one without a mixture of experts."""
   return getattr(config, 'expert_share', 1.0)
+
+
+def logits(config: Config, temperature: float | None = None) -> Logits:
+  """How kernels.cross_entropy makes logits of what a model's `hidden` and `unembed` return."""
+  return Logits(config.softcap, temperature, config.tied, config.execution.loss)
 
 
 def boxed(config: Config):

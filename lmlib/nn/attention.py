@@ -62,6 +62,7 @@ class Attention(nn.Module):
   epsilon: float = 1e-6  # of QK norm
   out_scale: float = 1.0
   implementation: str = 'auto'  # of kernels.attention, over whole rows
+  decoding: str = 'auto'  # and of steps of decoding
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -90,7 +91,9 @@ class Attention(nn.Module):
         rows = Rows(segment_BT=coming.real_BT)  # the same, and blocked attention can do it
     if (prefix := layers.beside(self, 'prefix')) is not None:
       seen, rows = prefix.join(seen), rows.replace(front=prefix.k.shape[0])
-    implementation = self.implementation if kv is None else 'auto'
+    implementation = self.implementation
+    if kv is not None:
+      implementation = self.decoding if places.coming.step else 'auto'
     attended_BTKGH = self.attended(q_BTKGH, seen, rows, places, kind, implementation)
     out_BTKGH = sharding.constrain(attended_BTKGH, 'BTKGH')
     return self.out(out_BTKGH), kv

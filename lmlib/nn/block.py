@@ -96,7 +96,7 @@ class Block(nn.Module):
     """Attention of x, BTD, and what a cache keeps of it."""
     cfg = self.cfg
     return Attention(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_width, self.style, cfg.norms.epsilon,
-                     self.out_scale, cfg.execution.attention, name='attention')(
+                     self.out_scale, cfg.execution.attention, cfg.execution.decoding, name='attention')(
                          x_BTD, places, self.style.kind(layer), kv)
 
   def feed(self, x_BTD, places: Places):

@@ -10,6 +10,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from lmlib.kernels.decode_attention import MOST
+
 
 @struct.dataclass
 class Cache:
@@ -112,6 +114,11 @@ class Coming:
   def pushes(self) -> bool:
     """Whether the first of the new tokens may see what the last of them push out."""
     return self.ring and self.place_BT.shape[1] > 1
+
+  @property
+  def step(self) -> bool:
+    """Whether these are a few tokens behind others: a step of decoding, and not a prompt that is read."""
+    return not self.fresh and self.place_BT.shape[1] <= MOST
 
   @property
   def places_BS(self) -> jax.Array:

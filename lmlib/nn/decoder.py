@@ -62,6 +62,10 @@ class DecoderConfig:
   def softcap(self) -> float | None:
     return self.ends.softcap
 
+  @property
+  def tied(self) -> bool:
+    return self.ends.tied
+
   def cache(self, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of at most `length` places."""
     shape = (self.kv_heads, self.head_width)

@@ -62,6 +62,7 @@ class LatentAttention(nn.Module):
   style: LatentStyle = LatentStyle()
   out_scale: float = 1.0
   implementation: str = 'auto'  # of kernels.attention, over whole rows
+  decoding: str = 'auto'  # and of steps of decoding
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -89,7 +90,9 @@ class LatentAttention(nn.Module):
       rows = rows.replace(place_BS=places.coming.places_BS)
     absorbed = kept is not None and self.style.absorbs(x_BTD.shape[1], seen[0].shape[1])
     attend = self.absorbed if absorbed else self.plain
-    implementation = self.implementation if kept is None else 'auto'
+    implementation = self.implementation
+    if kept is not None:
+      implementation = self.decoding if places.coming.step else 'auto'
     out_BTKW = attend((q_BTKH, turned_BTKP), seen, rows, k_RKH, v_RKW, implementation)
     out_KWD = layers.weight(self, 'out', 'KWD', 'KW', self.out_scale).astype(dtype)
     return layers.product('BTKW,KWD->BTD', sharding.constrain(out_BTKW, 'BTKW'), out_KWD), kept

@@ -7,7 +7,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from lmlib.kernels.attention import IMPLEMENTATIONS
+from lmlib.kernels import cross_entropy
+from lmlib.kernels.attention import DECODING, IMPLEMENTATIONS
 
 # What the backward pass finds in memory; the rest it computes again.
 REMAT = {
@@ -23,7 +24,9 @@ class Execution:
   scan: bool = True  # one program for all layers; False: unrolled, which compiles longer and may run faster
   remat: str | None = None  # what the backward pass recomputes: None, 'dots' or 'full'
   dropout: float | None = None  # share of each block's output that training zeroes
-  attention: str = 'auto'  # which of kernels.attention.IMPLEMENTATIONS; decoding with a cache has its own choice
+  attention: str = 'auto'  # which of kernels.attention.IMPLEMENTATIONS; with a cache a prompt is read by 'auto'
+  decoding: str = 'auto'  # which of kernels.attention.DECODING, for up to 16 tokens a row behind those that are cached
+  loss: str = 'auto'  # which of kernels.cross_entropy.IMPLEMENTATIONS makes losses and log-probabilities of logits
   apart: bool = False  # unrolled, weights and caches of every layer arrays of their own: serve/weights.py makes them
 
   def __post_init__(self):
@@ -33,6 +36,10 @@ class Execution:
       raise ValueError(f'Execution.remat={self.remat!r} must be None or one of {sorted(REMAT)}')
     if self.attention not in ('auto', *IMPLEMENTATIONS):
       raise ValueError(f"Execution.attention={self.attention!r} must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
+    if self.decoding not in ('auto', *DECODING):
+      raise ValueError(f"Execution.decoding={self.decoding!r} must be 'auto' or one of {sorted(DECODING)}")
+    if self.loss not in ('auto', *cross_entropy.IMPLEMENTATIONS):
+      raise ValueError(f"Execution.loss={self.loss!r} must be 'auto' or one of {sorted(cross_entropy.IMPLEMENTATIONS)}")
     if self.dropout is not None and not 0 < self.dropout < 1:
       raise ValueError(f'Execution.dropout={self.dropout} must lie between 0 and 1; None turns it off')
     if self.apart and (self.scan or self.remat is not None or self.dropout is not None):

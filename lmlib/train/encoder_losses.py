@@ -34,7 +34,7 @@ class MaskedToken(NextToken):
       x_BTD, _, _ = apply('hidden', batch['tokens_BT'], batch['segments_BT'], None, dropout_keys(batch),
                           batch.get('positions_BT'))
       total, nats, correct = cross_entropy(x_BTD, apply('unembed'), batch['targets_BT'], batch['weight_BT'],
-                                           self.z_loss, config.softcap)
+                                           self.z_loss, protocol.logits(config))
       read = (batch['segments_BT'] > 0).sum()
       return total, batch['weight_BT'].sum(), {'nats': nats, 'accuracy': correct, 'read': read}
 
@@ -64,7 +64,7 @@ class SequenceToSequence(NextToken):
                                 batch['inputs_BS'], batch['input_segments_BS'], method='hidden')
       w_DV = model.apply({'params': params}, method='unembed')
       total, nats, correct = cross_entropy(x_BTD, w_DV, batch['targets_BT'], batch['weight_BT'], self.z_loss,
-                                           config.softcap)
+                                           protocol.logits(config))
       read = (batch['segments_BT'] > 0).sum() + (batch['input_segments_BS'] > 0).sum()
       return total, batch['weight_BT'].sum(), {'nats': nats, 'accuracy': correct, 'read': read}
 

@@ -5,6 +5,7 @@ import time
 import jax
 
 from lmlib import sharding
+from lmlib.kernels import choice
 from lmlib.train import health
 
 
@@ -25,6 +26,9 @@ def check(*, longest: int, seed: int, **counts: int):
   if batch % (parts * microbatches):
     raise ValueError(f'batch={batch} is not a multiple of microbatches={microbatches} times the {parts} '
                      'devices that the layout splits a batch over (data x fsdp)')
+  if length % (context := sharding.size('context')):
+    raise ValueError(f'length={length} is not a multiple of the {context} devices that the layout splits rows over '
+                     f'(context): {length // context * context or context} is')
 
 
 def train(state, step, *, steps: int, loader, record, checkpoints, save_every: int, rate, describe,
@@ -41,7 +45,7 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
   books = _Books(record, checkpoints, rate, nonfinite)
   due = lambda number: evaluate is not None and number and (number % evaluate_every == 0 or number == steps)
   at_once = health.stopping('stopped at once; run the same command to go on from the last checkpoint')
-  with at_once, health.Signals(say) as signals, contextlib.closing(record):
+  with at_once, health.Signals(say) as signals, contextlib.closing(record), choice.saying(say):
     number = saved = int(state.step)
     if due(number):  # a run that was stopped here had no time for it
       books.evaluate(number, state, evaluate)

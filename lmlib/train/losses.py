@@ -42,7 +42,7 @@ class NextToken:
       x_BTD, _, sums = apply('hidden', batch['tokens_BT'], batch['segments_BT'], None, dropout_keys(batch),
                              batch.get('positions_BT'), batch.get('prefix_BT'))
       total, nats, correct = cross_entropy(x_BTD, apply('unembed'), batch['targets_BT'], batch['weight_BT'],
-                                           self.z_loss, config.softcap)
+                                           self.z_loss, protocol.logits(config))
       auxiliary, metrics = reported(sums, batch['weight_BT'])
       return total + auxiliary, batch['weight_BT'].sum(), {'nats': nats, 'accuracy': correct} | metrics
 
@@ -88,7 +88,7 @@ class MultiToken:
       x_BTD, _, sums = apply('hidden', batch['tokens_BT'], given[0], None, *given[1:])
       x_LBTD, more = apply('future', x_BTD, targets_BTJ[..., :-1], *given)
       score = lambda x_BTD, targets_BT, weight_BT, z_loss: cross_entropy(
-          x_BTD, apply('unembed'), targets_BT, weight_BT, z_loss, config.softcap)
+          x_BTD, apply('unembed'), targets_BT, weight_BT, z_loss, protocol.logits(config))
       total, nats, correct = score(x_BTD, batch['targets_BT'], batch['weight_BT'], self.z_loss)
       metrics = {'nats': nats, 'accuracy': correct}
       for j in range(1, modules + 1):

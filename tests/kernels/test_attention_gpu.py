@@ -44,6 +44,66 @@ CASES = {
 NONE = list(CASES)[-1]
 
 
+NAMES = ('out', 'lse', 'dq', 'dk', 'dv', 'sinks', 'slopes', 'bias')
+ADDED = ('sink_KG', 'slope_KG', 'bias_BKGTS')
+
+
+def added(names, S: int, rows_apart: int = 1, length: int = T):
+  """What is added to scores, of float32."""
+  shapes = dict(sink_KG=(K, G), slope_KG=(K, G), bias_BKGTS=(rows_apart, K, G, length, S))
+  random, size = np.random.default_rng(7), dict(slope_KG=0.1)
+  return {name: (size.get(name, 1.0) * random.normal(size=shapes[name])).astype(np.float32) for name in names}
+
+
+def exact(q, k, v, dout, dlse, pattern, seen_BTS, away_BTS, *, terms=False, sink_KG=None, slope_KG=None,
+          bias_BKGTS=None):
+  """By name, values and gradients in float64 of what there is; away: the place of a key less that of a query.
+
+  terms: not they, but the sums of the sizes of what is summed and subtracted to make them.
+  """
+  q, k, v, dout, dlse = (np.asarray(x).astype(np.float64) for x in (q, k, v, dout, dlse))
+  scale, cap = pattern.scale or q.shape[-1]**-0.5, pattern.softcap or 1e30
+  tanh = np.tanh(np.einsum('BTKGH,BSKH->BKGTS', q, k) * scale / cap)
+  away, score = away_BTS[:, None, None].astype(np.float64), cap * tanh
+  score = score + (0 if slope_KG is None else slope_KG[None, :, :, None, None].astype(np.float64) * away)
+  score = score + (0 if bias_BKGTS is None else bias_BKGTS)
+  weight = np.where(seen_BTS[:, None, None], np.exp(score), 0)
+  sink = 0 if sink_KG is None else np.exp(sink_KG.astype(np.float64))[None, :, :, None]
+  total = weight.sum(-1) + sink
+  p = weight / np.where(total == 0, 1, total)[..., None]
+  with np.errstate(divide='ignore'):
+    lse = np.log(total).transpose(0, 3, 1, 2)
+  dlse, less = np.where(total == 0, 0, dlse.transpose(0, 2, 3, 1)), np.subtract
+  if terms:
+    q, k, v, dout, dlse, away, lse = (np.abs(x) for x in (q, k, v, dout, dlse, away, lse))
+    lse, less = lse + 1, np.add
+  dp = np.einsum('BTKGH,BSKH->BKGTS', dout, v)
+  delta = less((p * dp).sum(-1), dlse)
+  dscore = p * less(dp, delta[..., None])
+  dproduct = dscore * (1 - tanh**2) * scale
+  found = dict(out=np.einsum('BKGTS,BSKH->BTKGH', p, v), lse=lse, dq=np.einsum('BKGTS,BSKH->BTKGH', dproduct, k),
+               dk=np.einsum('BKGTS,BTKGH->BSKH', dproduct, q), dv=np.einsum('BKGTS,BTKGH->BSKH', p, dout))
+  if sink_KG is not None:
+    found['sinks'] = -(sink / total * delta).sum((0, 3))
+  if slope_KG is not None:
+    found['slopes'] = (dscore * away).sum((0, 3, 4))
+  if bias_BKGTS is not None:
+    found['bias'] = dscore.sum(0, keepdims=True) if len(bias_BKGTS) == 1 else dscore
+  return found
+
+
+def assert_exact(found, expected, type_of: str = 'float32', terms=None):
+  """Relative to the norm; that of the terms, where given, for a difference of equals has nothing but rounding."""
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    x, y = x.astype(np.float64), np.asarray(found[name], np.float64)
+    np.testing.assert_array_equal(np.isfinite(y), np.isfinite(x))  # lse of nothing is -inf
+    finite = np.isfinite(x)
+    size = np.linalg.norm((x if terms is None else terms[name])[finite])
+    error = np.linalg.norm(y[finite] - x[finite])
+    assert error <= CLOSE[type_of] * size, (name, error, size)
+
+
 def computed(given, pattern, rows, sink_KG=None):
   """(out, dq, dk, dv) and, with a sink, its gradient, in one compiled program."""
 
@@ -60,6 +120,23 @@ def assert_close(found, expected, type_of: str = 'float32'):
   for name, a, b in zip(('out', 'dq', 'dk', 'dv'), found, expected):
     error = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
     assert error < CLOSE[type_of], (name, error)
+
+
+def test_float64_in_matrices_equals_the_loops():
+  pattern, _, S, sees = CASES[NONE]
+  more = {key: x.astype(np.float64) for key, x in added(ADDED, S, B).items()}
+  given = arrays(T, S)
+  seen_BTS = np.array([sees(*at) for at in np.ndindex(B, T, S)]).reshape(B, T, S)
+  away_BTS = (np.arange(S)[None] - np.arange(T)[:, None])[None]
+  found = exact(*given, np.zeros((B, T, K, G)), pattern, seen_BTS, away_BTS, **more)
+  for name, x in zip(('out', 'dq', 'dk', 'dv'), loops(*given, sees, pattern, **more)):
+    np.testing.assert_allclose(found[name], x, rtol=1e-12, atol=1e-14)
+  for name, key in zip(ADDED, NAMES[5:]):  # by differences of the sum whose gradient it is
+    first = np.zeros_like(more[name])
+    first.flat[0] = 1e-4
+    high, low = ((loops(*given, sees, pattern, **more | {name: more[name] + sign * first})[0] * given[3]).sum()
+                 for sign in (1, -1))
+    assert found[key].flat[0] == pytest.approx((high - low) / 2e-4, rel=1e-5)
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -93,6 +170,28 @@ def test_sinks_and_their_gradient():
            * given[3].astype(np.float64)).sum() for i, sign in itertools.product(range(K * G), (1, -1))]
   slope_KG = (np.array(away[::2]) - np.array(away[1::2])).reshape(K, G) / 2e-4
   np.testing.assert_allclose(found[4], slope_KG, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('names', 'rows_apart', 'name'), [
+    (('slope_KG', 'bias_BKGTS'), 1, 'window of packed documents, softcap and scale'), (('bias_BKGTS',), B, NONE),
+    (('sink_KG', 'slope_KG'), 1, 'after a cache')])
+def test_what_is_added_to_scores_has_gradients(names, rows_apart, name):
+  """Slopes, biases that rows share or not, sinks, and log-sums."""
+  pattern, rows, S, _ = CASES[name]
+  given, more = arrays(T, S), added(names, S, rows_apart)
+  dlse = np.random.default_rng(8).normal(size=(B, T, K, G)).astype(np.float32)
+
+  @jax.jit
+  def both(q, k, v, dout, dlse, more):
+    attend = lambda q, k, v, more: attention_gpu.partial_attention(q, k, v, pattern, rows, **more, sizes_of=SMALL)
+    out, back = jax.vjp(attend, q, k, v, more)
+    return out, back((dout, dlse))
+
+  (out, lse), (dq, dk, dv, dmore) = both(*given, dlse, more)
+  places = kernel.places(T, S, rows)
+  expected = exact(*given, dlse, pattern, kernel.mask(T, S, pattern, rows), np.asarray(places[1] - places[0]), **more)
+  assert_exact(dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv) |
+               {NAMES[5 + ADDED.index(key)]: x for key, x in dmore.items()}, expected)
 
 
 def test_log_sums_join_parts_and_have_gradients():
@@ -168,10 +267,10 @@ def test_what_cannot_be_done_here_is_refused():
   q, k, v, _ = arrays(4, 4)
   for name, lacking in (('hopper', 'a backend but a Hopper GPU, lengths but multiples of 128, heads of widths'),
                         ('cudnn', 'a backend but a GPU')):
-    with pytest.raises(ValueError, match=f"'{name}' cannot do {lacking}.*; 'blocked', 'gpu', 'reference' can"):
+    with pytest.raises(ValueError, match=f"'{name}' cannot do {lacking}.*; 'blocked', .*'gpu', 'reference', 'tpu' can"):
       kernel.attention(q, k, v, implementation=name)
-  with pytest.raises(ValueError, match=r"'gpu' cannot do slopes; 'reference' can"):
-    kernel.attention(q, k, v, slope_KG=jnp.ones((K, G)), implementation='gpu')
+  with pytest.raises(ValueError, match=r"'blocked' cannot do slopes; 'gpu', 'reference', 'tpu' can"):
+    kernel.attention(q, k, v, slope_KG=jnp.ones((K, G)), implementation='blocked')
   with pytest.raises(ValueError, match=r"Execution.attention='flash' must be 'auto' or one of"):
     Execution(attention='flash')
   sizes = lambda: attention_gpu.Sizes(*[attention_gpu.Blocks(size, 16) for size in (48, 32, 16)])
@@ -194,9 +293,15 @@ def lowered(attend):
 
 @pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated:DeprecationWarning')  # jax 0.12
 def test_kernels_lower_for_cuda_without_a_gpu():
-  text = lowered(lambda *qkv: attention_gpu.attention(*qkv, Pattern(window=100), Rows(), interpret=False))
-  missing = [name for name in ('attention_forward', 'attention_backward_keys', 'attention_backward_queries')
-             if name not in text]
+
+  def attend(q, k, v):
+    bias_BKGTS = jnp.broadcast_to(q[:, 0, :, :, 0].astype(jnp.float32)[..., None, None], (1, 1, 2, 256, 256))
+    return attention_gpu.attention(q, k, v, Pattern(window=100), Rows(), slope_KG=q[0, 0, :, :, 0],
+                                   bias_BKGTS=bias_BKGTS, interpret=False)
+
+  text = lowered(attend)
+  missing = [name for name in ('attention_forward', 'attention_backward_keys', 'attention_backward_queries',
+                              'attention_backward_bias') if name not in text]
   assert not missing
 
 
