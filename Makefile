@@ -1,6 +1,6 @@
 python ?= python3
 
-.PHONY: install test lint parity quickstart
+.PHONY: install test lint parity kernels quickstart
 
 install:
 	$(python) -m pip install -e '.[test]' ruff==0.17.6
@@ -15,6 +15,12 @@ lint:
 parity:
 	$(python) -m pip install torch==2.13.0 'transformers>=5' accelerate 'peft>=0.19' -e '.[eval]'
 	$(python) -m pytest tests/parity tests/eval/test_harness.py
+
+# Kernels compiled for five TPU chips without one; the tables of docs/kernels.md, written anew.
+kernels:
+	$(python) -m pip install -e '.[tpu]'
+	$(python) -m pytest tests/plan/test_compiled.py tests/kernels/test_compile_tpu_*.py
+	$(python) -m tests.kernels.support
 
 quickstart:
 	$(python) experiments/pretrain.py --gin_file=quickstart.gin

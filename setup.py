@@ -17,7 +17,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['lmlib', 'lmlib.*']),
-    package_data={'lmlib.eval': ['templates/*.jinja']},
+    package_data={'lmlib.eval': ['templates/*.jinja'], 'lmlib.kernels': ['blocks.json']},
     install_requires=[
         f'jax>=0.10.2,<0.11; {OLD}', f'flax>=0.12.8,<0.12.9; {OLD}',
         f'jax>=0.11.1,<0.13; {NEW}', f'flax>=0.12.12,<0.13; {NEW}',

@@ -1,5 +1,7 @@
 """Eight CPU devices, ranks that must match, quick compilation: before jax is imported."""
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 
@@ -10,7 +12,9 @@ os.environ.update({name: f'{os.environ.get(name, "")} {value}' if name == 'XLA_F
                    for name, value in fake_devices(8).items()})  # of a flag that is there twice the last one counts
 # Most of a test's time is compilation. Laws hold without optimisation too, and equal programs compile once.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='lmlib-tests-'))
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # of the first process: it hands its environment to its workers
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='lmlib-tests-')
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax

@@ -1,6 +1,7 @@
 """Adapters: beside the weights or merged, several at once, on every kind of model, layout and program."""
 import dataclasses
 import functools
+import math
 
 from flax import linen as nn
 import jax
@@ -187,7 +188,7 @@ def test_decoding_equals_the_forward_pass():
 def trained(layout, microbatches: int = 1):
   """The small tree after two steps."""
   method, transformation = Lora(4, 8.0, None), None
-  with sharding.use(layout, None if layout.sizes != (1, 1, 1) else jax.devices()[:1]):
+  with sharding.use(layout, None if math.prod(layout.sizes) != 1 else jax.devices()[:1]):
     boxed = adapters.boxed(method, protocol.boxed(DENSE))
     transformation = AdamW(Constant(1e-2)).transformation(sharding.letters(boxed), 10)
     shapes = step_of.shapes_of(boxed, transformation)
