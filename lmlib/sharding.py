@@ -62,6 +62,8 @@ class Layout:
       if letter not in ALPHABET or not set(mesh_axes) <= set(MESH_AXES):
         raise ValueError(f'Layout rule {(letter, mesh_axes)}: letters are {"".join(sorted(ALPHABET))}, '
                          f'mesh axes are {MESH_AXES}')
+      if letter == 'T' and len(mesh_axes) > 1 and (letter, mesh_axes) in self.arrays:
+        raise ValueError(f'Layout rule {(letter, mesh_axes)}: rows go round a ring of one mesh axis, not of several')
 
   @property
   def sizes(self) -> tuple[int, ...]:

@@ -42,6 +42,8 @@ def test_letters_outside_the_alphabet_are_refused():
     spec('BTx', (1, 1, 1), MESH, ARRAYS)
   with pytest.raises(ValueError, match=r"'x'.*letters are ABCDE"):
     Layout(weights=(('x', ('fsdp',)),))
+  with pytest.raises(ValueError, match=r"'T', \('context', 'tensor'\).*a ring of one mesh axis"):
+    Layout(arrays=(('T', ('context', 'tensor')),))
   with pytest.raises(ValueError, match=r"'model'.*'data', 'fsdp', 'context', 'tensor'"):
     Layout(arrays=(('B', ('model',)),))
 

@@ -12,7 +12,6 @@ nobody outside sees another order: embeddings, losses and whatever looks at neig
 Packed documents, prefixes, windows and sinks are those of a row on one device, for every part carries its places and
 documents along.
 """
-import dataclasses
 import functools
 
 from flax import struct
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmlib import sharding
-from lmlib.kernels import attention_gpu, attention_tpu
+from lmlib.kernels import attention_gpu, attention_tile, attention_tpu
 
 NOTHING = -1e30  # lse of no key at all: finite, so that no difference is NaN
 
@@ -111,19 +110,17 @@ class Part:
 
 def plain(q_BTKGH, k_BSKH, v_BSKH, *, pattern, rows, slope_KG=None):
   """(out, lse_BTKG) of a part in plain jnp, all its scores in memory; lse is -inf where nothing is seen."""
-  scale = q_BTKGH.shape[-1]**-0.5 if pattern.scale is None else pattern.scale
-  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+  tile = attention_tile.Tile(**attention_tile.of_case(pattern, rows, q_BTKGH.shape[-1], False))
+  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * tile.scale
   if pattern.softcap is not None:
     score_BKGTS = pattern.softcap * jnp.tanh(score_BKGTS / pattern.softcap)
   place_BT1, place_B1S = rows.place_BT[:, :, None], rows.place_BS[:, None, :]
   if slope_KG is not None:
     score_BKGTS += slope_KG[None, :, :, None, None] * (place_B1S - place_BT1)[:, None, None]
-  seen_BTS = pattern.seen(place_BT1, place_B1S)
-  if rows.prefix_BS is not None:
-    freely = dataclasses.replace(pattern, causal=False)
-    seen_BTS |= (rows.prefix_BS[:, None] > 0) & freely.seen(place_BT1, place_B1S)
-  if rows.segment_BT is not None:
-    seen_BTS &= rows.segment_BT[:, :, None] == rows.segment_BS[:, None, :]
+  of_queries = lambda x_BT: None if x_BT is None else x_BT[:, :, None]
+  of_keys = lambda x_BS: None if x_BS is None else x_BS[:, None, :]
+  seen_BTS = tile.seen(place_BT1, place_B1S, of_queries(rows.segment_BT), of_keys(rows.segment_BS),
+                       of_keys(rows.prefix_BS))
   seen_BKGTS = seen_BTS[:, None, None]
   score_BKGTS = jnp.where(seen_BKGTS, score_BKGTS, NOTHING)
   most_BKGT1 = jax.lax.stop_gradient(score_BKGTS.max(-1, keepdims=True))

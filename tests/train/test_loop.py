@@ -212,3 +212,10 @@ def test_a_run_that_stopped_before_an_evaluation_makes_up_for_it():
   evaluating(run)
   run.train(6, evaluate=lambda params, number: looked.append(number) or {}, evaluate_every=4)
   assert looked == [4, 6]
+
+
+def test_rows_that_the_layout_cannot_split_are_refused():
+  with sharding.use(sharding.Layout(data=1, context=8)):
+    loop.check(**GOOD | {'length': 16})
+    with pytest.raises(ValueError, match=r'length=12 is not a multiple of the 8 devices .*\(context\): 8 is'):
+      loop.check(**GOOD | {'length': 12})
