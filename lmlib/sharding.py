@@ -25,13 +25,13 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIUYAZX')
-MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
+MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')  # the slowest network first
 
 # Read top to bottom. A row applies if its mesh axes have several devices, are still unused in this array
 # and divide this dimension: 'tensor' goes to K where it divides K, else to G.
 TENSOR = tuple((letter, ('tensor',)) for letter in 'KGFV')
-WEIGHTS = (('D', ('fsdp',)), *TENSOR)
-ARRAYS = (('B', ('data', 'fsdp')), ('T', ('context',)), *TENSOR)
+WEIGHTS = (('L', ('stage',)), ('E', ('expert',)), ('D', ('fsdp',)), *TENSOR)
+ARRAYS = (('B', ('data', 'fsdp', 'expert')), ('E', ('expert',)), ('T', ('context',)), *TENSOR)
 
 _current = contextvars.ContextVar('mesh and layout', default=None)
 
@@ -43,12 +43,15 @@ class Layout:
   `data` splits the batch; `fsdp` splits the batch and the stored weights with their
   optimizer state (ZeRO-3, Rajbhandari et al. 2020); `tensor` splits heads, hidden width and
   vocabulary (Shoeybi et al. 2019); `context` splits the rows themselves, whose attention then goes round
-  a ring (kernels/ring_attention.py). One size may be -1: the devices that are left.
+  a ring (kernels/ring_attention.py); `expert` splits the batch and the experts, to which tokens travel (nn/moe.py);
+  `stage` splits the layers (nn/stack.py). One size may be -1: the devices that are left.
   """
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
   context: int = 1
+  expert: int = 1
+  stage: int = 1
   weights: tuple = WEIGHTS
   arrays: tuple = ARRAYS
 
@@ -110,9 +113,9 @@ def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, rules) -> PartitionSpec:
     raise ValueError(f'{axes!r} uses {sorted(unknown)}: not in the alphabet of sharding.py')
   taken, placed = set(), {}
   for letter, mesh_axes in rules:
+    mesh_axes = tuple(m for m in mesh_axes if mesh.shape[m] > 1)
     free = letter in axes and letter not in placed and not taken & set(mesh_axes)
-    parts = math.prod(mesh.shape[m] for m in mesh_axes)
-    if free and parts > 1 and shape[axes.index(letter)] % parts == 0:
+    if free and mesh_axes and shape[axes.index(letter)] % math.prod(mesh.shape[m] for m in mesh_axes) == 0:
       placed[letter] = mesh_axes
       taken |= set(mesh_axes)
   return PartitionSpec(*(placed.get(a) for a in axes))

@@ -25,7 +25,7 @@ def check(*, longest: int, seed: int, **counts: int):
   parts = sharding.batch_devices()
   if batch % (parts * microbatches):
     raise ValueError(f'batch={batch} is not a multiple of microbatches={microbatches} times the {parts} '
-                     'devices that the layout splits a batch over (data x fsdp)')
+                     'devices that the layout splits a batch over (data x fsdp x expert)')
   if length % (context := sharding.size('context')):
     raise ValueError(f'length={length} is not a multiple of the {context} devices that the layout splits rows over '
                      f'(context): {length // context * context or context} is')
