@@ -58,7 +58,7 @@ def stack(block: type[nn.Module], layers: int, execution: Execution, *, shared: 
   if execution.remat is not None:
     block = nn.remat(block, policy=REMAT[execution.remat], prevent_cse=not execution.scan)
   return nn.scan(block, length=layers, unroll=1 if execution.scan else layers,
-                 variable_axes={'params': 0}, split_rngs={'params': True},
+                 variable_axes={'params': 0, 'intermediates': 0}, split_rngs={'params': True},
                  in_axes=(0, *(nn.broadcast,) * shared), metadata_params={nn.PARTITION_NAME: 'L'})
 
 

@@ -40,17 +40,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
   and update; `finite`, 0 where loss, gradient or update was not and the step changed nothing but `step`.
   """
 
-  def summed(params, batch, *frozen):
-    total, weight, metrics = loss(params, batch, *frozen)
-    return total, (weight, metrics | {'loss': total})
-
-  gradient = jax.grad(summed, has_aux=True)
-
   def step(state: State, batch, *frozen):
-    of_batch = lambda params, batch: gradient(params, batch, *frozen)
-    grads, (weight, metrics) = _accumulated(of_batch, state.params, batch, microbatches)
-    grads = jax.tree.map(lambda x: x / weight, grads)
-    metrics = {name: x[0] / x[1] if isinstance(x, tuple) else x / weight for name, x in metrics.items()}
+    grads, weight, metrics = gradients(loss, state.params, batch, *frozen, microbatches=microbatches)
     grad_norm = optax.tree.norm(descended(grads))
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params, update_norm = optax.apply_updates(state.params, updates), optax.tree.norm(updates)
@@ -63,6 +54,18 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
                  state.skipped + (1 - finite.astype(jnp.int32))), metrics
 
   return step
+
+
+def gradients(loss: Loss, params, batch, *frozen, microbatches: int = 1):
+  """(gradients, weight, metrics) of a batch: sums over its microbatches, divided once by the weight."""
+
+  def summed(params, batch):
+    total, weight, metrics = loss(params, batch, *frozen)
+    return total, (weight, metrics | {'loss': total})
+
+  grads, (weight, metrics) = _accumulated(jax.grad(summed, has_aux=True), params, batch, microbatches)
+  metrics = {name: x[0] / x[1] if isinstance(x, tuple) else x / weight for name, x in metrics.items()}
+  return jax.tree.map(lambda x: x / weight, grads), weight, metrics
 
 
 def _accumulated(gradient, params, batch, microbatches: int):
