@@ -39,8 +39,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 GIN_CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'gin_configs'
 
 
-def run(file: str):
-  """Calls main() of the experiment in `file` with what the flags say, and exits with the status above."""
+def run(file: str, of: tuple[str, ...] = ()):
+  """Calls main() of the experiment in `file` with what the flags say, and exits with the status above.
+
+  of: experiments whose settings it reads, for one that has none of its own: its main() is given the name of the one
+  that the files are for, and its arguments.
+  """
   quiet()
   keep_memory()
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the training loop takes over
@@ -49,9 +53,12 @@ def run(file: str):
   # Not the folder of the script: experiments/evaluate.py would hide a package called evaluate.
   sys.path[:] = [str(path.parents[1]), *(p for p in sys.path if p != str(path.parent)), os.getcwd()]
   try:
-    given = _flags(sys.argv[1:], path)
+    given = _flags(sys.argv[1:], path, of or (path.stem,))
     if given.help:
-      print(_help(path))
+      print(_help(path, of or (path.stem,)))
+    elif of:
+      main = importlib.import_module(f'{path.parent.name}.{path.stem}').main
+      main(*arguments_of(of, given.gin_file, given.gin_bindings))
     else:
       main = importlib.import_module(f'{path.parent.name}.{path.stem}').main
       main(**arguments(main, given.gin_file, given.gin_bindings))
@@ -73,13 +80,30 @@ def arguments(main, gin_files=(), bindings=()) -> dict:
   A file is looked for from the current folder, then in gin_configs/. ValueError, in one line, names
   the file, line and setting at fault.
   """
+  return _read(gin_files, bindings).arguments(main)
+
+
+def arguments_of(experiments: tuple[str, ...], gin_files=(), bindings=()) -> tuple[str, dict]:
+  """The one of these experiments that gin files and bindings are for, and the arguments of its main(); see arguments().
+
+  ValueError if they are for none.
+  """
+  settings = _read(gin_files, bindings)
+  for name in experiments:
+    main = importlib.import_module(f'experiments.{name}').main
+    if settings.binds(main):
+      return name, settings.arguments(main)
+  raise ValueError(f'{", ".join(map(str, gin_files))}: sets up none of experiments/{", ".join(experiments)}')
+
+
+def _read(gin_files, bindings) -> gin_text.Settings:
   reader = _Reader()
   for name in gin_files:
     reader.file(os.fspath(name), '--gin_file')
   imports = dict(reader.imports)
   for binding in bindings:
     reader.text(binding, '--gin_bindings', imports)
-  return reader.settings.arguments(main)
+  return reader.settings
 
 
 def saved(main, workdir: str) -> dict:
@@ -200,7 +224,7 @@ def _ours(error, path) -> bool:
   return file.is_file() and not installed and not file.is_relative_to(sysconfig.get_path('stdlib'))
 
 
-def _flags(argv: list[str], path: pathlib.Path) -> flags.FlagValues:
+def _flags(argv: list[str], path: pathlib.Path, of: tuple[str, ...]) -> flags.FlagValues:
   """The parsed flags. ValueError for a flag or word that is none of ours, or if no file is given."""
   values = flags.FlagValues()
   flags.DEFINE_multi_string('gin_file', [], 'a file of settings', flag_values=values)
@@ -218,13 +242,13 @@ def _flags(argv: list[str], path: pathlib.Path) -> flags.FlagValues:
     meant = f"--gin_bindings='{words[0]}'" if '=' in words[0] else f'--gin_file={words[0]}'
     raise ValueError(f'{words[0]!r} belongs to no flag; did you mean {meant}?')
   if not values.gin_file and not values.help:
-    known = ', '.join(_leaves(path.stem)) or 'none'
+    known = ', '.join(_leaves(of)) or 'none'
     raise ValueError(f'--gin_file is missing; the files in {GIN_CONFIGS} for {path.stem} are: {known}')
   return values
 
 
-def _help(path: pathlib.Path) -> str:
-  leaves = _leaves(path.stem)
+def _help(path: pathlib.Path, of: tuple[str, ...]) -> str:
+  leaves = _leaves(of)
   macros = sorted({macro for text in leaves.values() for macro in re.findall(r'%([A-Z]\w*)', text)})
   comment = lambda text: (re.match(r'#\s*(.*)', text) or ['', ''])[1]
   files = [f'  {name:<27} {comment(text)}'.rstrip() for name, text in leaves.items()]
@@ -237,10 +261,10 @@ def _help(path: pathlib.Path) -> str:
       f"Macros, for --gin_bindings='NAME = value': {', '.join(macros)}"])
 
 
-def _leaves(experiment: str) -> dict[str, str]:
-  """The files at the top of gin_configs/ that set up an experiment: name and text, includes included."""
+def _leaves(of: tuple[str, ...]) -> dict[str, str]:
+  """The files at the top of gin_configs/ that set up any of these experiments: name and text, includes included."""
   texts = {path.name: _with_includes(path, set()) for path in sorted(GIN_CONFIGS.glob('*.gin'))}
-  return {name: text for name, text in texts.items() if re.search(rf'\b{experiment}\.main\b', text)}
+  return {name: text for name, text in texts.items() if re.search(rf'\b({"|".join(of)})\.main\b', text)}
 
 
 def _with_includes(path, seen) -> str:

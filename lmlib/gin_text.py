@@ -58,6 +58,10 @@ class Settings:
                        f'it has: {", ".join(fields) or "none"}')
     self._bound[scope, target, field] = bound
 
+  def binds(self, main: Callable) -> bool:
+    """Whether any argument of main() is bound."""
+    return any(target is main for _, target, _ in self._bound)
+
   def arguments(self, main: Callable) -> dict[str, Any]:
     """The arguments bound for main(). ValueError for one that is missing or of the wrong type, and for a
     binding that nothing reads."""

@@ -1,12 +1,4 @@
 """Several devices on one CPU."""
+from lmlib.plan.fake_devices import environment as fake_devices
 
-
-def fake_devices(count: int) -> dict[str, str]:
-  """Environment variables for so many devices.
-
-  They wait long for each other: two busy cores take turns for all of them. Of threads there are more than devices, for
-  one that waits for the others holds its thread, and those may need one to get there.
-  """
-  return {'PJRT_NPROC': str(2 * count), 'XLA_FLAGS': (
-      f'--xla_force_host_platform_device_count={count} --xla_cpu_collective_call_warn_stuck_timeout_seconds=120'
-      ' --xla_cpu_collective_call_terminate_timeout_seconds=600')}
+__all__ = ['fake_devices']
