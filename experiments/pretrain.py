@@ -12,6 +12,7 @@ if __name__ == '__main__':  # before jax is imported, which reads its log level 
 
 import contextlib
 import dataclasses
+import functools
 import json
 
 import jax
@@ -19,30 +20,30 @@ import jax
 from lmlib import gin_text, sharding, trees
 from lmlib.data import objectives
 from lmlib.data import packing as packings
-from lmlib.data.loader import Loader
 from lmlib.data.prepare import prepare
 from lmlib.eval import evaluation, held_out, perplexity, report
 from lmlib.models import protocol
 from lmlib.plan import chips, cost
 from lmlib.serve.generate import generate
-from lmlib.train import encoder_losses, health, loop, losses, metrics
+from lmlib.train import encoder_losses, health, loop, losses, metrics, training
 from lmlib.train import step as step_of
 from lmlib.train.checkpoint import Checkpoints
+from lmlib.train.watch import Watch
 from lmlib.train.workdir import Workdir
 
 
 def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0,
          packing=packings.Split(), objective=objectives.CAUSAL, loss=losses.NextToken(), length: int | None = None,
-         microbatches: int = 1, save_every: int = 100, keep: int = 2, evaluations: tuple = (),
+         microbatches: int = 1, save_every: int = 100, keep: int = 2, watch=Watch(), evaluations: tuple = (),
          evaluate_every: int | None = None, prompts: tuple = ('import ', 'class ', 'def read(')):
   """Trains `model` on `data` for `steps` steps of `batch` rows of `length` tokens (None: the model's length).
 
   `data` is a corpus or a mixture of several; `packing` fills rows with documents, `objective` says what of
   them is predicted. Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written;
-  the last `keep` stay. `evaluations` (eval/evaluations.py) run every `evaluate_every` steps and after the last; what
-  they find goes to evaluations.jsonl and TensorBoard. At the end a decoder is scored on the held-out documents and
-  continues each of `prompts`; a model with an encoder, or one that learned to fill in, is scored by what its
-  objective hides in them.
+  the last `keep` stay. `watch` is what to look out for (train/watch.py). `evaluations` (eval/evaluations.py) run every
+  `evaluate_every` steps and after the last; what they find goes to evaluations.jsonl and TensorBoard. At the end a
+  decoder is scored on the held-out documents and continues each of `prompts`; a model with an encoder, or one that
+  learned to fill in, is scored by what its objective hides in them.
   """
   config = gin_text.gin_text('experiments.pretrain.main', locals())
   length = model.length if length is None else length
@@ -114,13 +115,12 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
 
     # What it does.
     if start < steps:
-      step = step_of.compiled(loss.of(model), transformation, microbatches, shapes)
-      loader = stack.enter_context(Loader(batches.batch_at, start, steps, place=sharding.placer()))
-      record = metrics.Record(folder, start=start, steps=steps, flops=flops, peak=peak, live=live)
-      state = loop.train(state, step, steps=steps, loader=loader, record=record, checkpoints=checkpoints,
-                         save_every=save_every, rate=lambda i: optimizer.schedule.rate(i, steps),
-                         describe=batches.describe, evaluate=evaluate, evaluate_every=evaluate_every,
-                         say=live.say)
+      course = training.Course(loss.of(model), transformation, shapes, batches,
+                               lambda i: optimizer.schedule.rate(i, steps), microbatches)
+      record = functools.partial(metrics.Record, folder, steps=steps, flops=flops, peak=peak, live=live)
+      state = training.train(course, state, folder=folder, steps=steps, checkpoints=checkpoints, save_every=save_every,
+                             record=record, watch=watch, evaluate=evaluate, evaluate_every=evaluate_every,
+                             say=live.say)
 
     # What it has learned.
     stack.enter_context(health.stopping('stopped after training, which is saved: '

@@ -13,27 +13,27 @@ if __name__ == '__main__':  # before jax is imported, which reads its log level 
   cli.run(__file__)
 
 import contextlib
+import functools
 import json
 
 import jax
 
 from lmlib import gin_text, sharding, trees
-from lmlib.data.loader import Loader
 from lmlib.eval import held_out_answers, tuning_report
 from lmlib.interop import opened
 from lmlib.nn.adapters import Adapter
 from lmlib.plan import chips, cost
 from lmlib.post.sft import Tuning
-from lmlib.train import health, loop, losses, metrics
-from lmlib.train import step as step_of
+from lmlib.train import health, loop, losses, metrics, training
 from lmlib.train.checkpoint import Checkpoints
+from lmlib.train.watch import Watch
 from lmlib.train.workdir import Workdir
 
 
 def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0, adapter=None,
          begin: str | None = None, four_bits: bool = False, model=None, loss=losses.NextToken(),
          length: int | None = None, microbatches: int = 1, exact: held_out_answers.Exact | None = None,
-         save_every: int = 100, keep: int = 2):
+         save_every: int = 100, keep: int = 2, watch=Watch()):
   """Trains what `adapter` says (nn/adapters.py; None: all weights) of the model at `source` on `data`.
 
   `data` are conversations, of which the answers are learned (data/conversations.py), or text (data/continuation.py).
@@ -109,13 +109,11 @@ def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdi
     if not frozen:
       del base
     if start < steps:
-      step = step_of.compiled(step_loss, transformation, microbatches, shapes)
-      loader = stack.enter_context(Loader(material.train.batch_at, start, steps, place=sharding.placer()))
-      record = metrics.Record(folder, start=start, steps=steps, flops=flops, peak=peak, live=live)
-      state = loop.train(state, lambda state, batch: step(state, batch, *frozen), steps=steps, loader=loader,
-                         record=record, checkpoints=checkpoints, save_every=save_every,
-                         rate=lambda i: optimizer.schedule.rate(i, steps), describe=material.train.describe,
-                         say=live.say)
+      course = training.Course(step_loss, transformation, shapes, material.train,
+                               lambda i: optimizer.schedule.rate(i, steps), microbatches, frozen)
+      record = functools.partial(metrics.Record, folder, steps=steps, flops=flops, peak=peak, live=live)
+      state = training.train(course, state, folder=folder, steps=steps, checkpoints=checkpoints, save_every=save_every,
+                             record=record, watch=watch, say=live.say)
 
     # What it has learned.
     stack.enter_context(health.stopping('stopped after training, which is saved: '

@@ -107,8 +107,10 @@ class Checkpoints:
     finally:
       self._writer.close()
 
-  def restore(self, abstract_state) -> tuple | None:
+  def restore(self, abstract_state, *, newest: int | None = None) -> tuple | None:
     """(state, step, meta) of the newest checkpoint that is whole; None if there has been none.
+
+    newest: those of later steps are not looked at.
 
     `abstract_state` is a tree of ShapeDtypeStructs; an array goes where its sharding says, or to
     the first device where it says nothing. Raises ValueError if names or shapes differ from those
@@ -117,18 +119,26 @@ class Checkpoints:
     """
     self.wait()
     self._sweep()
-    for step in reversed(self.steps()):
+    for step in [step for step in reversed(self.steps()) if newest is None or step <= newest]:
       path = self._directory / str(step)
       try:
         return _read(path, abstract_state)
       except Damaged as error:
         aside = self._set_aside(path)
-        older = max(self.steps(), default=None)
+        older = max((other for other in self.steps() if other < step), default=None)
         self._say(f'checkpoint of step {step} is damaged ({error}): set aside as {aside}; '
                   + ('there is no older one' if older is None else f'trying that of step {older}'))
     if aside := sorted(p.name for p in self._directory.iterdir() if DAMAGED in p.name):
       raise ValueError(f'no usable checkpoint in {self._directory}: all are damaged ({", ".join(aside)}); '
                        'remove the folder to start again')
+
+  def forget(self, after: int):
+    """Removes the checkpoints of later steps: the run has gone back, and will come by there another way."""
+    self.wait()
+    for step in self.steps():
+      if step > after:
+        self._remove(self._directory / str(step))
+    _together('later ones are gone')
 
   def _failure(self, error: Exception) -> OSError:
     step, self._writing = self._writing, None

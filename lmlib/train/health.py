@@ -1,9 +1,6 @@
-"""What ends a run early: signals, and numbers that stay non-finite."""
+"""What ends a run early: a fault, or a signal after which it is saved."""
 import contextlib
 import signal
-
-IN_A_ROW = 10  # non-finite steps in a row that stop a run
-SHOWN = 8  # rows of a batch that a message names
 
 
 class RunFault(RuntimeError):  # noqa: N818, what happened, in words of the user
@@ -48,24 +45,3 @@ class Signals:
     self.received = signal.Signals(number).name
     with contextlib.suppress(RuntimeError):  # the signal came in the middle of a write to the same stream
       self._say(f'{self.received}: saving after this step (again to stop without saving)')
-
-
-class NonFinite:
-  """Counts steps whose loss or gradient was not finite; raises RunFault at IN_A_ROW of them."""
-
-  def __init__(self, describe, say=print, *, in_a_row: int = 0):
-    """describe(step) names what was in the batch of a step; in_a_row: how many came just before."""
-    self._describe, self._say = describe, say
-    self._in_a_row = in_a_row
-
-  def see(self, step: int, finite: bool):
-    """`step` is the number of the step, from 1, and all of them are seen in order."""
-    self._in_a_row = 0 if finite else self._in_a_row + 1
-    if finite:
-      return
-    self._say(f'step {step}: loss or gradient not finite, step skipped ({self._in_a_row} in a row)')
-    if self._in_a_row >= IN_A_ROW:
-      rows = self._describe(step)
-      shown = '; '.join(rows[:SHOWN]) + (f'; and {len(rows) - SHOWN} rows more' if len(rows) > SHOWN else '')
-      raise RunFault(f'{self._in_a_row} steps in a row, {step - self._in_a_row + 1} to {step}, had a loss or '
-                     f'gradient that was not finite; the batch of step {step} was: {shown}')

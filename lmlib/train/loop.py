@@ -5,7 +5,6 @@ import time
 import jax
 
 from lmlib import sharding
-from lmlib.kernels import choice
 from lmlib.train import health
 
 
@@ -31,28 +30,27 @@ def check(*, longest: int, seed: int, **counts: int):
                      f'(context): {length // context * context or context} is')
 
 
-def train(state, step, *, steps: int, loader, record, checkpoints, save_every: int, rate, describe,
+def train(state, step, *, steps: int, loader, record, checkpoints, save_every: int, beside, watching,
           evaluate=None, evaluate_every: int | None = None, say=print):
   """Runs `step` from state.step to `steps`; returns the last state.
 
   loader iterates (index, device batch, seconds waited) from the state's step on: step k, counted from 1, has index
-  k - 1, learning rate rate(k - 1), and a batch of which describe(k - 1) names the contents. A step's metrics are read
-  while the next one computes. Saves every `save_every` steps, at the end and on a signal. Every `evaluate_every` steps
-  and after the last, record.evaluated() gets what evaluate(params, number) returns; its time is no step's.
-  Raises health.Stopped after saving for a signal, health.RunFault if numbers stay non-finite.
+  k - 1, and beside(k - 1) is what its line says besides its metrics. A step's metrics are read while the next one
+  computes, and watching.after(line, state) sees them. Saves every `save_every` steps, at the end and on a signal. Every
+  `evaluate_every` steps and after the last, record.evaluated() gets what evaluate(params, number) returns; its time is
+  no step's. Raises health.Stopped after saving for a signal, and what `watching` does.
   """
-  nonfinite = health.NonFinite(lambda number: describe(number - 1), say, in_a_row=record.nonfinite)
-  books = _Books(record, checkpoints, rate, nonfinite)
+  books = _Books(record, checkpoints, beside, watching)
   due = lambda number: evaluate is not None and number and (number % evaluate_every == 0 or number == steps)
   at_once = health.stopping('stopped at once; run the same command to go on from the last checkpoint')
-  with at_once, health.Signals(say) as signals, contextlib.closing(record), choice.saying(say):
+  with at_once, health.Signals(say) as signals, contextlib.closing(record):
     number = saved = int(state.step)
     if due(number):  # a run that was stopped here had no time for it
       books.evaluate(number, state, evaluate)
     for index, batch, waited in loader:
       state, values = step(state, batch)
       done = time.perf_counter() if values['loss'].is_ready() else None
-      books.settle(done)
+      books.settle(state, done)
       number = index + 1
       books.pending = (number, values, waited, done)
       if signals.received or number == steps or number % save_every == 0:
@@ -62,7 +60,7 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
         break
       if due(number):
         books.evaluate(number, state, evaluate)
-    books.settle()
+    books.settle(state)
     if saved != number:
       books.save(number, state)
     checkpoints.wait()
@@ -75,31 +73,31 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
 class _Books:
   """What is written down of a step, once the next has begun, and how long it took."""
 
-  def __init__(self, record, checkpoints, rate, nonfinite):
+  def __init__(self, record, checkpoints, beside, watching):
     self.pending = None  # (number, metrics, seconds waited for data, when it was done if known) of the last step
-    self._record, self._checkpoints, self._rate, self._nonfinite = record, checkpoints, rate, nonfinite
+    self._record, self._checkpoints, self._beside, self._watching = record, checkpoints, beside, watching
     self._saving, self._last = 0.0, time.perf_counter()
 
-  def settle(self, ahead: float | None = None):
-    """Reads the metrics of the step before; ahead: when the step after it was done, if it is."""
+  def settle(self, state, ahead: float | None = None):
+    """Reads the metrics of the step before; state: that of now; ahead: when the step after it was done, if it is."""
     if self.pending is not None:
       number, values, waited, done = self.pending
       values = {name: value if value.ndim else float(value) for name, value in jax.device_get(values).items()}
       # Done when it was sent, or seen done along with the next one: half of the time each; or just now.
       before, self._last = self._last, done or (ahead and (self._last + ahead) / 2) or time.perf_counter()
-      values |= {'waited': waited, 'saving': self._saving, 'learning_rate': float(self._rate(number - 1))}
-      self._record.write(number, values, seconds=self._last - before)
+      values |= {'waited': waited, 'saving': self._saving} | self._beside(number - 1)
+      line = self._record.write(number, values, seconds=self._last - before)
       self.pending, self._saving = None, 0.0
-      self._nonfinite.see(number, bool(values['finite']))
+      self._watching.after(line, state)
 
   def save(self, number: int, state):
-    self.settle()
+    self.settle(state)
     self._record.flush()
     start = time.perf_counter()
     self._checkpoints.save(number, state)
     self._saving = time.perf_counter() - start
 
   def evaluate(self, number: int, state, evaluate):
-    self.settle()
+    self.settle(state)
     self._record.evaluated(number, evaluate(state.params, number))
     self._last = time.perf_counter()

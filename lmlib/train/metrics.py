@@ -13,6 +13,8 @@ import jax
 
 from lmlib.terminal import Terminal, clock
 
+BEFORE = 4096  # lines of a record that was begun before which are kept in memory
+
 
 class Record:
   """One object a step in metrics.jsonl, the same figures for TensorBoard, a line on the screen.
@@ -27,21 +29,18 @@ class Record:
     self.path = workdir / 'metrics.jsonl'
     self._steps, self._flops, self._peak, self._live = steps, flops, peak, live
     with _naming(self.path):
-      kept = _truncate(self.path, start)
+      kept = truncated(self.path, start)
       self._file = self.path.open('ab', buffering=0)  # a line is on disk, or it is an error here
     self._seen = kept[-1]['tokens'] if kept else 0
-    self.nonfinite = 0  # steps just before `start` that were skipped, one after the other
-    for line in reversed(kept):
-      if line['finite']:
-        break
-      self.nonfinite += 1
+    self.before = kept[-BEFORE:]  # the last lines up to `start`
     self._board = Board(workdir / 'tensorboard', start)
     self._recent: list[float] = []
 
-  def write(self, step: int, metrics: dict, *, seconds: float):
-    """metrics: host scalars of the step, with the number of tokens that counted as 'weight'; seconds: how long it took.
+  def write(self, step: int, metrics: dict, *, seconds: float) -> dict:
+    """Writes the line of a step, and returns it.
 
-    Where a model reads more than counts, 'read' says how many tokens for each; tokens are those that were read.
+    metrics: host scalars of the step, or texts, with the number of tokens that counted as 'weight'; seconds: how long
+    it took. Where a model reads more than counts, 'read' says how many tokens for each; tokens are those read.
     Of an array, such as the load of every layer's experts, the line has the mean over all but its last axis, and
     the smallest and the largest entry as name_min and name_max.
     """
@@ -62,6 +61,7 @@ class Record:
     self._board.write(step, line)
     self._recent = [*self._recent[-49:], seconds]
     self._live.show(step, self._steps, line, statistics.median(self._recent) * (self._steps - step))
+    return line
 
   def evaluated(self, step: int, scores: dict[str, float]):
     """Scores of evaluations after a step, for TensorBoard; they keep a file of their own."""
@@ -101,7 +101,7 @@ class Board:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
     values = [Summary.Value(tag=name, simple_value=value)
-              for name, value in scalars.items() if name != 'step' and not isinstance(value, (list, type(None)))]
+              for name, value in scalars.items() if name != 'step' and isinstance(value, (int, float))]
     with _naming(self._folder):
       self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
@@ -149,7 +149,7 @@ def finite(value):
     return {name: finite(x) for name, x in value.items()}
   if isinstance(value, list):
     return [finite(x) for x in value]
-  return value if isinstance(value, str) or math.isfinite(value) else None
+  return value if value is None or isinstance(value, str) or math.isfinite(value) else None
 
 
 def peak_memory() -> int:
@@ -183,8 +183,10 @@ def append(path: pathlib.Path, line: dict):
       file.write(json.dumps(finite(line)).encode() + b'\n')
 
 
-def _truncate(path: pathlib.Path, step: int) -> list[dict]:
-  """Drops the lines after `step`; returns the others."""
+def truncated(path: pathlib.Path, step: int) -> list[dict]:
+  """Drops the lines of a file that are of steps after `step`; returns the others."""
+  if not path.exists():
+    return []
   kept = [line for line in read(path) if line['step'] <= step]
   fresh = path.with_suffix('.tmp')
   fresh.write_text(''.join(json.dumps(line) + '\n' for line in kept))

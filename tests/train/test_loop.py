@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmlib import sharding
-from lmlib.train import health, loop
+from lmlib.train import health, loop, spikes
 
 GOOD = {'steps': 10, 'batch': 8, 'microbatches': 1, 'length': 16, 'longest': 16, 'save_every': 3, 'keep': 2,
         'seed': 0}
@@ -35,7 +35,7 @@ class Run:
   def __init__(self, *, start: int = 0, seconds: float = 0.0, ahead: bool = True, bad=()):
     """seconds a step takes; ahead: whether step() returns before that; bad: steps that are not finite."""
     self.log, self.lines, self.saved, self.said = [], [], [], []
-    self.state, self.nonfinite, self.on = SimpleNamespace(step=start), 0, {}
+    self.state, self.before, self.on = SimpleNamespace(step=start), [], {}
     self._seconds, self._ahead, self._bad, self._free = seconds, ahead, bad, 0.0
 
   def step(self, state, batch):
@@ -52,6 +52,7 @@ class Run:
 
   def write(self, step, values, *, seconds):
     self.lines.append({'step': step, 'seconds': seconds, **values})
+    return self.lines[-1]
 
   def flush(self):
     self.log.append('flush')
@@ -72,8 +73,10 @@ class Run:
 
   def train(self, steps: int, save_every: int = 100, **more):
     loader = ((i, f'batch {i}', 0.25) for i in range(self.state.step, steps))
+    numbers = spikes.Numbers(None, self.before, describe=lambda step: [f'documents {step - 1}'], say=self.said.append)
+    watching = SimpleNamespace(after=lambda line, state: numbers.see(line, lambda why: None))
     return loop.train(self.state, self.step, steps=steps, loader=loader, record=self, checkpoints=self,
-                      save_every=save_every, rate=lambda i: i / 100, describe=lambda i: [f'documents {i}'],
+                      save_every=save_every, beside=lambda i: {'learning_rate': i / 100}, watching=watching,
                       say=self.said.append, **more)
 
 
@@ -158,7 +161,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_without_saving():
 
 def test_the_count_of_steps_in_a_row_goes_on_over_a_resumption():
   run = Run(start=10, bad=range(4, 40))
-  run.nonfinite = 7  # steps 4 to 10, as the record tells
+  run.before = [{'step': step, 'finite': float(step < 4)} for step in range(1, 11)]
   with pytest.raises(health.RunFault, match='10 steps in a row, 4 to 13'):
     run.train(60)
 
