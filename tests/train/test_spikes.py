@@ -30,7 +30,8 @@ def test_a_loss_far_above_those_before_is_a_spike_and_one_far_below_is_none():
     see(watched, [line(7, 9.0)])
   spike = error.value
   assert (spike.step, spike.first, spike.last) == (7, 7, 7)
-  assert spike.again(line(7, 9.0)) and spike.again(line(7, math.nan, finite=0.0)) and not spike.again(line(7, 2.5))
+  assert [spike.again(one) for one in (line(7, 9.0), line(7, math.nan, finite=0.0), line(7, 2.5))] == [
+      True, True, False]
 
 
 def test_limits_are_mean_and_deviations_of_the_window():
@@ -75,7 +76,7 @@ def test_steps_that_are_not_finite_are_noted_counted_and_in_a_row_a_spike_or_the
   with pytest.raises(Spike, match='10 steps in a row, 11 to 20') as error:
     see(numbers(SMALL, before=row[:7]), row[7:])  # the count goes on over a resumption
   assert (error.value.step, error.value.first, error.value.last) == (11, 11, 20)
-  assert error.value.again(row[0]) and not error.value.again(line(11))
+  assert (error.value.again(row[0]), error.value.again(line(11))) == (True, False)
 
 
 def test_steps_that_are_not_finite_count_in_no_mean():
