@@ -6,7 +6,7 @@ import statistics
 
 from lmlib.eval import held_out
 from lmlib.eval.perplexity import Score
-from lmlib.train import metrics
+from lmlib.train import goodput, metrics
 
 
 def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
@@ -30,7 +30,8 @@ def write(folder: pathlib.Path, *, score: Score | held_out.Score, others: dict[s
   out.mkdir(exist_ok=True)
   lines = metrics.read(folder / 'metrics.jsonl')
   beside = {'compressors_bits_per_byte': others} if others else {}
-  summary = score.figures() | beside | {'parameters': facts['parameters']} | spent(lines)
+  summary = score.figures() | beside | {'parameters': facts['parameters']} | spent(lines) | {
+      'seconds_by_cause': goodput.of(folder)}
   if 'bits_per_byte' in summary:
     (out / 'samples.txt').write_text(''.join(
         f'---- {prompt!r} is continued\n{prompt}{continued}\n\n' for prompt, continued in samples))
@@ -81,10 +82,10 @@ def effort(summary: dict) -> list[str]:
   """How long it took."""
   mfu = f', MFU {summary["mfu"]:.0%}' if summary['mfu'] else ''
   skipped = f', {summary["steps_skipped"]} steps skipped as not finite' if summary['steps_skipped'] else ''
+  causes = summary['seconds_by_cause']
   return [f'trained     {summary["steps"]:,} steps, {summary["tokens"]:,} tokens in '
           f'{metrics.clock(summary["seconds"])}; {summary["tokens_per_second"]:,.0f} tokens/s{mfu}{skipped}',
-          f'waited      {summary["seconds_waited_for_data"]:.1f} s for data, '
-          f'{summary["seconds_saving"]:.1f} s for checkpoints']
+          *([f'goodput     {goodput.said(causes)}'] if causes else [])]
 
 
 def _scored(summary: dict) -> list[str]:

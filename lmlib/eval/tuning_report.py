@@ -2,7 +2,7 @@
 import pathlib
 
 from lmlib.eval import held_out_answers, report
-from lmlib.train import metrics
+from lmlib.train import goodput, metrics
 
 SHOWN = 12  # answers in samples.txt
 PLACES = {'nats a token': '{:.3f}', 'bits a byte': '{:.3f}'}  # of a measure; others are shares
@@ -32,7 +32,8 @@ def write(folder: pathlib.Path, *, before: held_out_answers.Score, after: held_o
   kept = ('source', 'parameters', 'trained', 'optimizer_bytes', 'optimizer_bytes_of_all')
   summary = {'held_out': held_out_answers.compared(before, after, questions),
              'held_out_tokens': int(after.tokens_N.sum()), 'level': held_out_answers.LEVEL, 'data': facts['data']}
-  summary |= {name: facts[name] for name in kept} | report.spent(lines)
+  summary |= {name: facts[name] for name in kept} | report.spent(lines) | {
+      'seconds_by_cause': goodput.of(folder)}
   if after.written:
     (out / 'samples.txt').write_text('\n'.join(_sample(*one, tokenizer) for one in list(zip(
         questions, before.written, after.written))[:SHOWN]))

@@ -36,9 +36,10 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
 
   loader iterates (index, device batch, seconds waited) from the state's step on: step k, counted from 1, has index
   k - 1, and beside(k - 1) is what its line says besides its metrics. A step's metrics are read while the next one
-  computes, and watching.after(line, state) sees them. Saves every `save_every` steps, at the end and on a signal. Every
-  `evaluate_every` steps and after the last, record.evaluated() gets what evaluate(params, number) returns; its time is
-  no step's. Raises health.Stopped after saving for a signal, and what `watching` does.
+  computes; `watching` (a watch.Watching) is told of every step, save and evaluation. Saves every `save_every` steps, at
+  the end and on a signal. Every `evaluate_every` steps and after the last, record.evaluated() gets what
+  evaluate(params, number) returns; its time is no step's. Raises health.Stopped after saving for a signal, and what
+  `watching` does.
   """
   books = _Books(record, checkpoints, beside, watching)
   due = lambda number: evaluate is not None and number and (number % evaluate_every == 0 or number == steps)
@@ -48,6 +49,7 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
     if due(number):  # a run that was stopped here had no time for it
       books.evaluate(number, state, evaluate)
     for index, batch, waited in loader:
+      watching.before(index + 1)
       state, values = step(state, batch)
       done = time.perf_counter() if values['loss'].is_ready() else None
       books.settle(state, done)
@@ -63,7 +65,8 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
     books.settle(state)
     if saved != number:
       books.save(number, state)
-    checkpoints.wait()
+    with watching.during('saving', number):
+      checkpoints.wait()
     if signals.received:
       raise health.Stopped(f'stopped by {signals.received} after step {number} of {steps}, saved; '
                            'run the same command to go on')
@@ -94,10 +97,12 @@ class _Books:
     self.settle(state)
     self._record.flush()
     start = time.perf_counter()
-    self._checkpoints.save(number, state)
+    with self._watching.during('saving', number):
+      self._checkpoints.save(number, state)
     self._saving = time.perf_counter() - start
 
   def evaluate(self, number: int, state, evaluate):
     self.settle(state)
-    self._record.evaluated(number, evaluate(state.params, number))
+    with self._watching.during('evaluating', number):
+      self._record.evaluated(number, evaluate(state.params, number))
     self._last = time.perf_counter()

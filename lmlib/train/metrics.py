@@ -29,7 +29,7 @@ class Record:
     self.path = workdir / 'metrics.jsonl'
     self._steps, self._flops, self._peak, self._live = steps, flops, peak, live
     with _naming(self.path):
-      kept = truncated(self.path, start)
+      kept, self.dropped = truncated(self.path, start)  # dropped: lines of steps that were lost
       self._file = self.path.open('ab', buffering=0)  # a line is on disk, or it is an error here
     self._seen = kept[-1]['tokens'] if kept else 0
     self.before = kept[-BEFORE:]  # the last lines up to `start`
@@ -183,15 +183,16 @@ def append(path: pathlib.Path, line: dict):
       file.write(json.dumps(finite(line)).encode() + b'\n')
 
 
-def truncated(path: pathlib.Path, step: int) -> list[dict]:
-  """Drops the lines of a file that are of steps after `step`; returns the others."""
+def truncated(path: pathlib.Path, step: int) -> tuple[list[dict], list[dict]]:
+  """Drops the lines of a file that are of steps after `step`; returns (the others, those dropped)."""
   if not path.exists():
-    return []
-  kept = [line for line in read(path) if line['step'] <= step]
+    return [], []
+  lines = read(path)
+  kept, dropped = ([line for line in lines if (line['step'] > step) == late] for late in (False, True))
   fresh = path.with_suffix('.tmp')
   fresh.write_text(''.join(json.dumps(line) + '\n' for line in kept))
   os.replace(fresh, path)
-  return kept
+  return kept, dropped
 
 
 @contextlib.contextmanager

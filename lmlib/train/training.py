@@ -16,7 +16,7 @@ import optax
 from lmlib import sharding
 from lmlib.data.loader import Loader
 from lmlib.kernels import choice
-from lmlib.train import health, layers, loop, metrics
+from lmlib.train import goodput, health, layers, loop, metrics
 from lmlib.train import step as step_of
 from lmlib.train.checkpoint import Checkpoints
 from lmlib.train.spikes import Events, Order, Spike, Spikes
@@ -73,27 +73,31 @@ def train(course: Course, state, *, folder: pathlib.Path, steps: int, checkpoint
   Raises health.Stopped after saving for a signal; health.RunFault if numbers stay non-finite, or spikes go on when
   Spikes.rollbacks are used up.
   """
-  events = Events(folder)
+  events, ledger, cause = Events(folder), goodput.Ledger(folder), 'lost'
   with health.stopping('stopped at once; run the same command to go on from the last checkpoint'):
     with choice.saying(say):
       course.program  # noqa: B018, before the first step is timed
     if watch.spikes and not checkpoints.steps():
       checkpoints.save(int(state.step), state)  # there is always one to go back to
+    ledger.add('starting', ledger.now() - ledger.began)
     while True:
       order, sums, start = events.order(), {}, int(state.step)
       beside = lambda step: {'learning_rate': float(course.rate(step)), 'data': sums.pop(step)}  # noqa: B023
-      with Loader(functools.partial(_read, course, order, sums), start, steps, place=course.place) as loader:
-        pass_record = record(start=start)
-        watching = Watching(watch, course, order=order, events=events, record=pass_record, say=say)
-        try:
-          return loop.train(state, course.step, steps=steps, loader=loader, record=pass_record, checkpoints=checkpoints,
+      book = record(start=start)
+      ledger.add(cause, goodput.dropped(book.dropped))
+      read = functools.partial(_read, course, order, sums)
+      try:
+        with (Loader(read, start, steps, place=course.place) as loader,
+              Watching(watch, course, folder=folder, order=order, record=book, ledger=ledger, say=say) as watching):
+          return loop.train(state, course.step, steps=steps, loader=loader, record=book, checkpoints=checkpoints,
                             save_every=save_every, beside=beside, watching=watching, evaluate=evaluate,
                             evaluate_every=evaluate_every, say=say)
-        except Spike as spike:
-          found = spike
+      except Spike as spike:
+        found, cause = spike, 'rolled back'
       del state  # its memory was given to the steps
-      state = back(course, found, watch.spikes, events=events, order=order, checkpoints=checkpoints, say=say)
-      metrics.truncated(folder / 'evaluations.jsonl', int(state.step))
+      with ledger.during(cause):
+        state = back(course, found, watch.spikes, events=events, order=order, checkpoints=checkpoints, say=say)
+        metrics.truncated(folder / 'evaluations.jsonl', int(state.step))
 
 
 def back(course: Course, spike: Spike, spikes: Spikes, *, events: Events, order: Order, checkpoints: Checkpoints, say):

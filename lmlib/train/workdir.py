@@ -9,6 +9,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+
+from lmlib.train.goodput import Ledger
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore', 'numpy', 'sentencepiece')
 
@@ -25,7 +28,7 @@ class Workdir:
 
   def __init__(self, path: str):
     self.path = pathlib.Path(path).expanduser()
-    self._identity = {}
+    self._identity, self._began = {}, time.time()
     if '://' in str(path):
       raise ValueError(f'WORKDIR {path!r} is a URL; give a folder of this machine')
     if self.path.exists() and not self.path.is_dir():
@@ -78,6 +81,7 @@ class Workdir:
       _write(self.path / name, content)
     text = json.dumps({'identity': self._identity, **manifest, **environment()}, indent=2) + '\n'
     _write(self.path / 'manifest.json', text.encode())
+    Ledger(self.path).begin(self._began)
 
   def __enter__(self) -> 'Workdir':
     return self

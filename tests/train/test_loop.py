@@ -1,4 +1,5 @@
 """The loop with a step and a disk that only note when they are asked."""
+import contextlib
 import os
 import signal
 import time
@@ -74,7 +75,8 @@ class Run:
   def train(self, steps: int, save_every: int = 100, **more):
     loader = ((i, f'batch {i}', 0.25) for i in range(self.state.step, steps))
     numbers = spikes.Numbers(None, self.before, describe=lambda step: [f'documents {step - 1}'], say=self.said.append)
-    watching = SimpleNamespace(after=lambda line, state: numbers.see(line, lambda why: None))
+    watching = SimpleNamespace(before=lambda number: None, during=lambda cause, number: contextlib.nullcontext(),
+                               after=lambda line, state: numbers.see(line, lambda why: None))
     return loop.train(self.state, self.step, steps=steps, loader=loader, record=self, checkpoints=self,
                       save_every=save_every, beside=lambda i: {'learning_rate': i / 100}, watching=watching,
                       say=self.said.append, **more)
