@@ -31,7 +31,7 @@ class Traces:
   def before(self, number: int):
     """Step `number` is about to begin."""
     asked, self._asked = self._asked, self._touched()
-    if self._last is None and (number == self._profile.first or asked != self._asked):
+    if self._last is None and (number == self._profile.first or self._asked not in (asked, None)):
       self._first, self._last = number, number + self._profile.steps - 1
       jax.profiler.start_trace(str(self._folder))
 

@@ -83,7 +83,8 @@ def train(course: Course, state, *, folder: pathlib.Path, steps: int, checkpoint
     while True:
       order, sums, start = events.order(), {}, int(state.step)
       beside = lambda step: {'learning_rate': float(course.rate(step)), 'data': sums.pop(step)}  # noqa: B023
-      book = record(start=start)
+      with ledger.during('starting'):
+        book = record(start=start)
       ledger.add(cause, goodput.dropped(book.dropped))
       read = functools.partial(_read, course, order, sums)
       try:
