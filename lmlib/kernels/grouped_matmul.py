@@ -2,12 +2,12 @@
 
   out[m] = x[m] w[e(m)]    rows in the order of their groups: sizes[0] of group 0, then sizes[1] of group 1, ...
 
-Rows beyond the last group give zeros. A group may be empty.
+Rows beyond the last group give zeros. A group may be empty. All of it is on one device: nn/dispatch.py says which rows
+and matrices of a layer those are.
 """
 import jax
 import jax.numpy as jnp
 
-from lmlib import sharding
 from lmlib.kernels import choice, grouped_matmul_blocked, grouped_matmul_gpu, grouped_matmul_tpu, tpu
 
 
@@ -59,11 +59,6 @@ def ragged(x_MD, w_EDF, sizes_E):
   return jnp.where(inside_M[:, None], jax.lax.ragged_dot(x_MD, w_EDF, sizes_E), 0)
 
 
-# XLA cannot split kernels by itself: every device makes its own columns.
-_gpu, _tpu = (sharding.each(kernel.grouped_matmul, ('MD', 'EDF', 'E'), 'MF')
-              for kernel in (grouped_matmul_gpu, grouped_matmul_tpu))
-
-
 def _both(product):
   """(the product, its gradients for x and w), which know vmap over rows: XLA's ragged product does not."""
 
@@ -113,11 +108,12 @@ def group(sizes_E, rows: int) -> jax.Array:
 
 
 IMPLEMENTATIONS = {'reference': reference, 'ragged': ragged, 'padded': padded,
-                   'blocked': grouped_matmul_blocked.grouped_matmul, 'gpu': _gpu, 'tpu': _tpu}
+                   'blocked': grouped_matmul_blocked.grouped_matmul,
+                   'gpu': grouped_matmul_gpu.grouped_matmul, 'tpu': grouped_matmul_tpu.grouped_matmul}
 # What of a case each cannot do: functions of (x, w, sizes, most) -> names.
 LACKING = {**dict.fromkeys(IMPLEMENTATIONS, lambda *case: []),
            'gpu': grouped_matmul_gpu.lacking, 'tpu': grouped_matmul_tpu.lacking,
            'padded': lambda x_MD, w_EDF, sizes_E, most: [] if most is not None else ['groups without `most`']}
-BOTH = {'ragged': _both(ragged), 'tpu': _both(_tpu),
+BOTH = {'ragged': _both(ragged), 'tpu': _both(grouped_matmul_tpu.grouped_matmul),
         'blocked': (grouped_matmul_blocked.grouped_matmul,
                     lambda *arguments: grouped_matmul_blocked.backward(arguments[:3], arguments[3])[:2])}

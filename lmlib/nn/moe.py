@@ -1,13 +1,14 @@
 """A mixture of experts (Shazeer et al. 2017): hidden layers of which each token passes those that a router chooses."""
 import dataclasses
+import functools
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from lmlib import sharding
-from lmlib.kernels.grouped_matmul import grouped_matmul
-from lmlib.nn import layers
+from lmlib.kernels import grouped_matmul as grouped
+from lmlib.nn import dispatch, layers
 from lmlib.nn.mlp import ACTIVATIONS, Mlp, MlpStyle
 from lmlib.nn.places import Places
 from lmlib.nn.router import ExpertChoice, TopK
@@ -66,35 +67,39 @@ class MixtureOfExperts(nn.Module):
     offset_E = layers.bias(self, 'balance_bias', 'E') if router.balanced else None
     routing = router.route(logits_BTE, real(places, B, T), offset_E, limited=places.coming is None)
 
-    order_M = jnp.argsort(routing.expert_M, stable=True)
-    expert_M, token_M = routing.expert_M[order_M], routing.token_M[order_M]
-    sizes_E = (routing.expert_M[None] == jnp.arange(experts.count)[:, None]).sum(1)
-    y_MD = self.computed(x_BTD.reshape(B * T, D)[token_M], expert_M, sizes_E, routing.most)
-    y_MD = y_MD.astype(jnp.float32) * routing.weight_M[order_M][:, None]
-    y_BTD = jnp.zeros((B * T, D), jnp.float32).at[token_M].add(y_MD).reshape(B, T, D).astype(x_BTD.dtype)
+    weights, letters = self.matrices(x_BTD.dtype)
+    y_BTD = dispatch.mixed(functools.partial(computed, experts), x_BTD, routing, weights, letters, experts.hidden)
     if experts.shared is not None:
       y_BTD += Mlp(D, experts.shared, experts.style, self.out_scale, name='shared')(x_BTD)
     return sharding.constrain(y_BTD, 'BTD'), routing.sums
 
-  def computed(self, x_MD, expert_M, sizes_E, most):
-    """What its expert makes of each row, MD; rows are sorted by expert."""
-    style, limit = self.experts.style, self.experts.limit
-    here_M = jnp.minimum(expert_M, self.experts.count - 1)
-
-    def product(x_MF, name: str, axes: str, fan_in: str, scale: float = 1.0):
-      w_EFF = layers.array(layers.weight(self, name, f'E{axes}', fan_in, scale).astype(x_MD.dtype))
-      w_EFF = sharding.constrain(w_EFF, f'E{axes}')
-      y_MF = grouped_matmul(x_MF, w_EFF, sizes_E, most=most)
+  def matrices(self, dtype) -> tuple[dict, dict]:
+    """The experts' matrices and biases by name, in the type that is computed with, and their letters."""
+    style, weights, letters = self.experts.style, {}, {}
+    matrices = [('up', 'EDF', 'D', 1.0), ('down', 'EFD', 'F', self.out_scale)]
+    for name, axes, fan_in, scale in [('gate', 'EDF', 'D', 1.0)] * style.gated + matrices:
+      weights[name] = layers.array(layers.weight(self, name, axes, fan_in, scale).astype(dtype))
+      letters |= {name: axes, f'{name}_bias': f'E{axes[-1]}'}
       if style.bias:
-        y_MF += layers.bias(self, f'{name}_bias', f'E{axes[-1]}').astype(x_MD.dtype)[here_M]
-      return y_MF
+        weights[f'{name}_bias'] = layers.bias(self, f'{name}_bias', f'E{axes[-1]}').astype(dtype)
+    return weights, letters
 
-    hidden_MF = product(x_MD, 'gate' if style.gated else 'up', 'DF', 'D')
-    hidden_MF = ACTIVATIONS[style.activation](hidden_MF if limit is None else jnp.minimum(hidden_MF, limit))
-    if style.gated:
-      up_MF = product(x_MD, 'up', 'DF', 'D')
-      hidden_MF *= up_MF if limit is None else jnp.clip(up_MF, -limit, limit) + 1
-    return product(hidden_MF, 'down', 'FD', 'F', self.out_scale)
+
+def computed(experts: Experts, weights: dict, x_MD, sizes_E, most: int | None):
+  """What its expert makes of each row, MD; rows are sorted by expert, at most `most` of one if that is known."""
+  style, limit = experts.style, experts.limit
+  group_M = jnp.minimum(grouped.group(sizes_E, x_MD.shape[0]), sizes_E.shape[0] - 1)
+
+  def product(x_MF, name: str):
+    y_MF = grouped.grouped_matmul(x_MF, weights[name], sizes_E, most=most)
+    return y_MF + weights[f'{name}_bias'][group_M] if style.bias else y_MF
+
+  hidden_MF = product(x_MD, 'gate' if style.gated else 'up')
+  hidden_MF = ACTIVATIONS[style.activation](hidden_MF if limit is None else jnp.minimum(hidden_MF, limit))
+  if style.gated:
+    up_MF = product(x_MD, 'up')
+    hidden_MF *= up_MF if limit is None else jnp.clip(up_MF, -limit, limit) + 1
+  return product(hidden_MF, 'down')
 
 
 def real(places: Places, B: int, T: int) -> jax.Array:

@@ -20,12 +20,14 @@ SCORES = ('softmax', 'sigmoid')
 
 @struct.dataclass
 class Routing:
-  """M pairs, every token of B * T at least once or, in expert choice, as often as it is chosen."""
-  token_M: jax.Array  # which of the B * T tokens
-  expert_M: jax.Array  # 0 .. E - 1, or E where nothing is computed
-  weight_M: jax.Array  # of the expert's output
+  """M pairs a row, with every token of it at least once or, in expert choice, as often as it is chosen."""
+  place_BM: jax.Array  # of the token in its row
+  expert_BM: jax.Array  # 0 .. E - 1, or E where nothing is computed
+  weight_BM: jax.Array  # of the expert's output
   sums: dict  # see moe.MixtureOfExperts
-  most: int | None = struct.field(pytree_node=False, default=None)  # pairs of an expert, at most, if that is known
+  chosen: int = struct.field(pytree_node=False)  # pairs of a token, at most
+  room: int | None = struct.field(pytree_node=False, default=None)  # pairs of an expert in a row, at most, if known
+  ordered: bool = struct.field(pytree_node=False, default=True)  # token by token, each as often
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,22 +108,22 @@ class TopK:
       weight_BTC /= weight_BTC.sum(-1, keepdims=True) + 1e-20
     hit_BTE = (hits(expert_BTC, E) & real_BT[..., None]).astype(jnp.float32)
     count_BE = hit_BTE.sum(1)
-    kept_BTC, most = jnp.broadcast_to(real_BT[..., None], expert_BTC.shape), None
+    kept_BTC, room = jnp.broadcast_to(real_BT[..., None], expert_BTC.shape), None
     if self.capacity is not None and limited:
       room = min(math.ceil(self.capacity * T * self.chosen / E), T)
       before_BTE = jnp.cumsum(hit_BTE, axis=1) - hit_BTE  # of a row's tokens, each chooses an expert once
       kept_BTC &= jnp.take_along_axis(before_BTE, expert_BTC, -1) < room
-      most = B * room
-    token_M = jnp.repeat(jnp.arange(B * T), self.chosen)
-    weight_M = jnp.where(kept_BTC, weight_BTC * self.scale, 0).reshape(-1)
+    place_BTC = jnp.broadcast_to(jnp.arange(T)[None, :, None], expert_BTC.shape)
+    weight_BTC = jnp.where(kept_BTC, weight_BTC * self.scale, 0)
     if offset_E is not None:  # moved by the sign of this: integers, so that microbatches add up to the batch
-      weight_M = with_gradient(weight_M, offset_E, E * count_BE.sum(0) - count_BE.sum())
+      weight_BTC = with_gradient(weight_BTC, offset_E, E * count_BE.sum(0) - count_BE.sum())
     sums = telemetry(count_BE, score_BTE, real_BT, self.chosen)
     if self.capacity is not None:
       sums['dropped'] = (real_BT[..., None] & ~kept_BTC).sum().astype(jnp.float32), count_BE.sum()
     if self.balance_loss is not None or self.z_loss is not None:
       sums['auxiliary_B'] = self.auxiliary(logits_BTE, score_BTE, count_BE, real_BT)
-    return Routing(token_M, jnp.where(kept_BTC, expert_BTC, E).reshape(-1), weight_M, sums, most)
+    pairs = (x.reshape(B, -1) for x in (place_BTC, jnp.where(kept_BTC, expert_BTC, E), weight_BTC))
+    return Routing(*pairs, sums, self.chosen, room)
 
   def choose(self, ranked_BTE):
     """BTC int32: the chosen experts of each token, best first."""
@@ -183,14 +185,13 @@ class ExpertChoice:
     score_BET = jnp.where(real_BT[..., None], score_BTE, -1).swapaxes(1, 2)
     weight_BEC, place_BEC = jax.lax.top_k(score_BET, room)
     taken_BEC = weight_BEC >= 0
-    token_BEC = jnp.arange(B)[:, None, None] * T + place_BEC
     expert_BEC = jnp.where(taken_BEC, jnp.arange(E)[None, :, None], E)
-    token_M, expert_M = token_BEC.reshape(-1), expert_BEC.reshape(-1)
-    weight_M = jnp.where(taken_BEC, weight_BEC, 0).reshape(-1)
-    times_BT = jnp.zeros(B * T).at[token_M].add((expert_M < E).astype(jnp.float32)).reshape(B, T)
+    place_BM, expert_BM, weight_BM = (
+        x.reshape(B, -1) for x in (place_BEC, expert_BEC, jnp.where(taken_BEC, weight_BEC, 0)))
+    times_BT = jnp.zeros((B, T)).at[jnp.arange(B)[:, None], place_BM].add(taken_BEC.reshape(B, -1))
     sums = telemetry(taken_BEC.sum(-1).astype(jnp.float32), score_BTE, real_BT, self.capacity)
     sums['dropped'] = (real_BT & (times_BT == 0)).sum().astype(jnp.float32), real_BT.sum().astype(jnp.float32)
-    return Routing(token_M, expert_M, weight_M, sums, B * room)
+    return Routing(place_BM, expert_BM, weight_BM, sums, E, room, ordered=False)
 
 
 def hits(expert_BTC, E: int) -> jax.Array:

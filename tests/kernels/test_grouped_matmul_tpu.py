@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmlib import sharding
 from lmlib.kernels import grouped_matmul
 from lmlib.kernels import grouped_matmul_tpu as kernel
 
@@ -125,20 +124,6 @@ def test_rows_of_a_batch_are_done_one_by_one():
   found = jax.vmap(lambda x, sizes: both(x, w, dout, sizes))(jnp.stack([x, 2 * x]), jnp.asarray(sizes))
   for b, times in enumerate((1, 2)):
     check([y[b] for y in found], loops(times * x, w, dout, sizes[b]))
-
-
-def test_eight_devices_equal_one():
-  given_arrays, sizes = arrays(), (11, 0, 2, 3, 7)
-
-  @jax.jit
-  def computed(x, w, dout, sizes_E):
-    out, back = jax.vjp(lambda x, w: grouped_matmul.grouped_matmul(x, w, sizes_E, implementation='tpu'), x, w)
-    return out, *back(dout)
-
-  with sharding.use(sharding.Layout(fsdp=2, tensor=4, data=1)):
-    assert 'shard_map' in str(jax.make_jaxpr(computed)(*given_arrays, jnp.asarray(sizes)))
-    found = computed(*given_arrays, jnp.asarray(sizes))
-  check(found, loops(*given_arrays, sizes))
 
 
 def test_what_it_cannot_do_is_said():

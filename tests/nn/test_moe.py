@@ -51,7 +51,8 @@ def one_by_one(layer, p, x_BTD):
   """Every expert with every token, weighted by what the router says."""
   logits_BTE = x_BTD @ p['router'] + p.get('router_bias', jnp.zeros(E))[None, None]
   routing = layer.router.route(logits_BTE, SEGMENTS_BT > 0, p.get('balance_bias'))
-  weight_ME = jnp.zeros((B * T, E + 1)).at[routing.token_M, routing.expert_M].add(routing.weight_M)[:, :E]
+  token_BM = jnp.arange(B)[:, None] * T + routing.place_BM
+  weight_ME = jnp.zeros((B * T, E + 1)).at[token_BM, routing.expert_BM].add(routing.weight_BM)[:, :E]
   y_MD, x_MD = 0.0, x_BTD.reshape(B * T, D)
   act, bias = ACTIVATIONS[layer.style.activation], lambda name, e: p[f'{name}_bias'][e][None] if layer.style.bias else 0
   for e in range(E):

@@ -23,8 +23,9 @@ def route(router, logits_BTE, real_BT, offset_E=None, limited=True):
 
 def pairs(routing) -> dict:
   """The weight of every (row, token, expert)."""
-  return {(token // T, token % T, expert): weight for token, expert, weight in
-          zip(*(np.asarray(x).tolist() for x in (routing.token_M, routing.expert_M, routing.weight_M))) if expert < E}
+  rows = zip(*(np.asarray(x) for x in (routing.place_BM, routing.expert_BM, routing.weight_BM)))
+  return {(row, token, expert): weight for row, found in enumerate(rows)
+          for token, expert, weight in zip(*(x.tolist() for x in found)) if expert < E}
 
 
 def softmax(x):
@@ -75,7 +76,7 @@ def test_capacity_goes_to_the_first_tokens_of_a_row():
   found = route(TopK(1, capacity=2.0), x, REAL_BT)
   assert set(pairs(found)) == {(0, 0, 0), (0, 1, 0), (1, 1, 0), (1, 2, 0)}
   assert tuple(map(float, found.sums['dropped'])) == (6, 10)
-  assert found.most == 2 * B
+  assert found.room == 2
   free = route(TopK(1, capacity=2.0), x, REAL_BT, None, False)  # with a cache
   assert len(pairs(free)) == 10
   assert float(free.sums['dropped'][0]) == 0

@@ -97,7 +97,7 @@ def test_a_skewed_load_evens_out():
   def load(weights):
     routing = router.route(logits_BTE, real_BT, weights['balance_bias'])
     count_E, even = routing.sums['expert_load_E']
-    return routing.weight_M.sum() + weights['other'].sum(), count_E / even
+    return routing.weight_BM.sum() + weights['other'].sum(), count_E / even
 
   def step(carry, _):
     weights, state = carry
