@@ -1,4 +1,4 @@
-"""The quickstart's own run file, with a smaller model and less text, computes the same on any layout."""
+"""The quickstart's own run file, with a smaller model and less text, computes the same on several devices: plan/verify_matrix.py knows all layouts."""
 import json
 import subprocess
 import sys
@@ -38,5 +38,4 @@ def test_eight_devices_train_like_one(losses):
   one = losses(1, {})
   assert len(one) == STEPS
   assert one[-1] < one[0] - 0.5
-  for layout in (dict(data=8), dict(data=1, fsdp=4, context=2), dict(data=2, fsdp=2, tensor=2)):
-    np.testing.assert_allclose(losses(8, layout), one, atol=1e-4, rtol=0, err_msg=str(layout))
+  np.testing.assert_allclose(losses(8, dict(data=1, fsdp=2, context=2, tensor=2)), one, atol=1e-4, rtol=0)

@@ -56,11 +56,10 @@ def test_packed_documents_do_not_leak(config):
 
 
 @every
-@pytest.mark.parametrize('chunks', [(7, 5), (1,) * 12])
-def test_decoding_equals_the_forward_pass(config, chunks):
+def test_decoding_equals_the_forward_pass(config):
   params, tokens_BT = made(config), tokens(config, 3, 12)
   cache, out, at = config.cache(3, 16), [], 0
-  for chunk in chunks:
+  for chunk in (4, 1, 1, 1, 1, 4):
     out_BTV, cache = apply(config, params, tokens_BT[:, at:at + chunk], None, cache)
     out, at = [*out, out_BTV], at + chunk
   np.testing.assert_allclose(jnp.concatenate(out, 1), logits(config, params, tokens_BT), **CLOSE)
