@@ -111,6 +111,11 @@ def saved(main, workdir: str) -> dict:
   return arguments(main, [_saved(workdir)])
 
 
+def saved_run(workdir: str) -> tuple[str, dict]:
+  """The experiment whose run `workdir` holds, pretrain or sft, and the arguments of its main(). ValueError if none."""
+  return arguments_of(('pretrain', 'sft'), [_saved(workdir)])
+
+
 def saved_model(workdir: str):
   """The config of the model in `workdir`, whichever experiment wrote it. ValueError if there is none."""
   config, reader = _saved(workdir), _Reader()

@@ -187,16 +187,28 @@ def restore_params(directory, abstract_params, *, say=print) -> tuple:
   For evaluation and generation, also while the run goes on: nothing on disk is changed. Raises
   ValueError as Checkpoints.restore does, and if there is no checkpoint.
   """
+  tree, step, meta = _looked_up(directory, {'params': abstract_params}, None, whole=False, say=say)
+  return tree['params'], step, meta
+
+
+def restore_state(directory, abstract_state, *, newest: int, say=print) -> tuple:
+  """(state, step, meta) of the newest checkpoint that is whole, of step `newest` at the latest; see restore_params."""
+  return _looked_up(directory, abstract_state, newest, whole=True, say=say)
+
+
+def _looked_up(directory, abstract, newest: int | None, *, whole: bool, say) -> tuple:
+  """(tree, step, meta) of the newest checkpoint that is whole; nothing on disk is changed."""
   directory = epath.Path(directory).expanduser().resolve()
-  steps = steps_in(directory) if directory.is_dir() else []
+  there = steps_in(directory) if directory.is_dir() else []
+  steps = [step for step in there if newest is None or step <= newest]
   for step in reversed(steps):
     try:
-      tree, step, meta = _read(directory / str(step), {'params': abstract_params}, whole=False)
-      return tree['params'], step, meta
+      return _read(directory / str(step), abstract, whole=whole)
     except Damaged as error:
       say(f'checkpoint of step {step} is damaged ({error}): {directory / str(step)} is not used')
-  why = 'all are damaged' if steps else 'there is none'
-  raise ValueError(f'no usable checkpoint in {directory}: {why}')
+  why = 'all are damaged' if steps else f'the oldest is of step {there[0]}' if there else 'there is none'
+  early = '' if newest is None else f' of step {newest} or before'
+  raise ValueError(f'no usable checkpoint{early} in {directory}: {why}')
 
 
 def steps_in(directory) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 from lmlib import sharding
 from lmlib.models import dense, protocol
 from lmlib.optim import adamw, schedules
-from lmlib.train import losses, metrics, training
+from lmlib.train import losses, metrics, replay, training
 from lmlib.train import step as step_of
 from lmlib.train.checkpoint import Checkpoints
 from lmlib.train.watch import Watch
@@ -84,6 +84,12 @@ def run(folder, rows, watch=Watch(), *, steps: int = STEPS, save_every: int = 5,
                                peak=None, live=metrics.Live(io.StringIO()))
     return training.train(mine, state, folder=folder, steps=steps, checkpoints=there, save_every=save_every,
                           record=record, watch=watch, say=[].append if said is None else said.append, **more)
+
+
+def replayed(folder, rows, step: int, **more):
+  """replay() on the device of run()."""
+  with sharding.use(sharding.Layout(), jax.devices()[:1]) as mesh:
+    return replay.replay(course(mesh, rows), folder, step, **more)
 
 
 def losses_of(folder) -> list[float]:

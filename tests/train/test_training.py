@@ -33,7 +33,7 @@ def test_a_poisoned_batch_is_left_out_and_the_run_ends_as_if_it_had_never_been(n
   assert event['documents'] == ['rows of 16']
   assert event['replayed']['loss'] == pytest.approx(event['recorded']['loss'], rel=1e-6)
   assert set(event['layers']) == {'weights', 'gradient', 'update'}
-  assert {'blocks_0/mlp/up', 'blocks_1/mlp/up', 'embed/embedding'} & event['layers']['gradient'].keys()
+  assert {'blocks_0/mlp/up', 'blocks_1/mlp/up', 'norm/scale'} <= event['layers']['gradient'].keys()
   whole = np.sqrt(sum(norm**2 for norm in event['layers']['gradient'].values()))
   assert whole == pytest.approx(event['recorded']['grad_norm'], rel=1e-5)
   line, = [line for line in said if 'going on' in line]
