@@ -8,6 +8,9 @@ from lmlib.eval import held_out
 from lmlib.eval.perplexity import Score
 from lmlib.train import goodput, metrics
 
+# Of goodput.CAUSES, in their order: what counts is dark.
+TIME_COLORS = '#1f4e79', '#8fb0d0', '#b8912f', '#5b8c3e', '#7a4f9a', '#c05020', '#8c2d2d', '#cccccc', '#888888'
+
 
 def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
   """The model, the devices and the folder, before the first step."""
@@ -22,7 +25,7 @@ def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
 
 def write(folder: pathlib.Path, *, score: Score | held_out.Score, others: dict[str, float], samples,
           facts: dict) -> dict:
-  """Writes report/ (loss.png, samples.txt, summary.json); returns the figures of the summary.
+  """Writes report/ (loss.png, time.png, samples.txt, summary.json); returns the figures of the summary.
 
   others: bits per byte of compressors; samples: pairs of a prompt and what follows; both empty of what writes no text.
   """
@@ -36,6 +39,7 @@ def write(folder: pathlib.Path, *, score: Score | held_out.Score, others: dict[s
     (out / 'samples.txt').write_text(''.join(
         f'---- {prompt!r} is continued\n{prompt}{continued}\n\n' for prompt, continued in samples))
   loss_curve(lines, out / 'loss.png', title=folder.name, level=score.nats_per_token)
+  time_bar(summary['seconds_by_cause'], out / 'time.png', title=folder.name)
   write_summary(out, summary)
   return summary
 
@@ -74,7 +78,8 @@ def closing(summary: dict, folder: pathlib.Path) -> str:
       "--gin_bindings='GLOB = \"texts/**/*.txt\"'"]
   return '\n'.join([
       *effort(summary), '',
-      *_scored(summary), '', f'report      {folder}/report: loss.png, {"samples.txt, " if writes else ""}summary.json',
+      *_scored(summary), '',
+      f'report      {folder}/report: loss.png, time.png, {"samples.txt, " if writes else ""}summary.json',
       *(f'{"" if i else "next":<12}{line}' for i, line in enumerate(ahead))])
 
 
@@ -119,4 +124,25 @@ def loss_curve(lines: list[dict], path: pathlib.Path, *, title: str, level: floa
   axes.set(xlabel='step', ylabel='cross-entropy (nats a token)', title=f'Training loss of {title}')
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
+  figure.savefig(path, dpi=120)
+
+
+def time_bar(seconds: dict[str, float], path: pathlib.Path, *, title: str):
+  """Draws where the time of a run went (goodput.of), one bar of all its causes; nothing if none is known."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  total, left = sum(seconds.values()), 0.0
+  if not total:
+    return
+  figure = Figure(figsize=(8, 2.6), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  for color, (cause, spent) in zip(TIME_COLORS, seconds.items(), strict=True):
+    if spent >= 0.0005 * total:
+      axes.barh(0, spent / total, left=left, color=color, label=f'{goodput.CAUSES[cause]} {spent / total:.1%}')
+      left += spent / total
+  axes.set(xlim=(0, 1), yticks=[], xlabel=f'share of {metrics.clock(total)}', title=f'Where the time of {title} went')
+  axes.xaxis.set_major_formatter(lambda share, _: f'{share:.0%}')
+  figure.legend(frameon=False, loc='outside lower center', ncols=3, fontsize=9)
   figure.savefig(path, dpi=120)

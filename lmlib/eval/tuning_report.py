@@ -25,7 +25,7 @@ def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
 
 def write(folder: pathlib.Path, *, before: held_out_answers.Score, after: held_out_answers.Score, questions, tokenizer,
           facts: dict) -> dict:
-  """Writes report/ (loss.png, samples.txt, summary.json); returns the figures of the summary."""
+  """Writes report/ (loss.png, time.png, samples.txt, summary.json); returns the figures of the summary."""
   out = folder / 'report'
   out.mkdir(exist_ok=True)
   lines = metrics.read(folder / 'metrics.jsonl')
@@ -39,6 +39,7 @@ def write(folder: pathlib.Path, *, before: held_out_answers.Score, after: held_o
         questions, before.written, after.written))[:SHOWN]))
   held_out_answers.write(folder / 'after.json', after)
   report.loss_curve(lines, out / 'loss.png', title=folder.name, level=after.nats_N.sum() / after.tokens_N.sum())
+  report.time_bar(summary['seconds_by_cause'], out / 'time.png', title=folder.name)
   report.write_summary(out, summary)
   return summary
 
@@ -67,5 +68,6 @@ def closing(summary: dict, folder: pathlib.Path) -> str:
     shown = [place.format(row[name]) for name in ('before', 'after', 'difference', 'low', 'high')]
     rows.append(f'{"":<12}{row["measure"]:<20}{row["questions"]:>7,}{shown[0]:>10}{shown[1]:>10}{shown[2]:>12}'
                 f'   {shown[3]} to {shown[4]}')
-  return '\n'.join([*report.effort(summary), '', *rows, '', f'report      {folder}/report: loss.png, samples.txt, '
-                    'summary.json', *(f'{"" if i else "next":<12}{line}' for i, line in enumerate(ahead))])
+  return '\n'.join([*report.effort(summary), '', *rows, '',
+                    f'report      {folder}/report: loss.png, time.png, samples.txt, summary.json',
+                    *(f'{"" if i else "next":<12}{line}' for i, line in enumerate(ahead))])

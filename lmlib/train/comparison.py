@@ -30,8 +30,8 @@ class Row:
 def compare(one: pathlib.Path, other: pathlib.Path) -> list[Row]:
   """What differs between the runs in two WORKDIRs. ValueError if one holds no run.
 
-  Settings of manifest.json matter, but for FREE ones; those of config.gin alone, versions and the mesh do not. Steps are
-  compared as far as both have them, and checkpoints of the same step tensor by tensor: the first that differs.
+  Settings of manifest.json matter, but for FREE ones; those of config.gin alone, versions and the mesh do not. Steps
+  are compared as far as both have them, and checkpoints of the same step tensor by tensor: the first that differs.
   """
   manifests = [_manifest(folder) for folder in (one, other)]
   rows = [*_settings(*manifests, *(_config(folder) for folder in (one, other))), *_versions(*manifests)]

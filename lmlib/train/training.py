@@ -16,7 +16,7 @@ import optax
 from lmlib import sharding
 from lmlib.data.loader import Loader
 from lmlib.kernels import choice
-from lmlib.train import goodput, health, layers, loop, metrics
+from lmlib.train import goodput, health, layers, loop, memory, metrics
 from lmlib.train import step as step_of
 from lmlib.train.checkpoint import Checkpoints
 from lmlib.train.spikes import Events, Order, Spike, Spikes
@@ -76,7 +76,8 @@ def train(course: Course, state, *, folder: pathlib.Path, steps: int, checkpoint
   events, ledger, cause = Events(folder), goodput.Ledger(folder), 'lost'
   with health.stopping('stopped at once; run the same command to go on from the last checkpoint'):
     with choice.saying(say):
-      course.program  # noqa: B018, before the first step is timed
+      program = course.program  # before the first step is timed
+    say(f'memory      a device: {memory.said(memory.by_kind(course.shapes, course.frozen, program))}')
     if watch.spikes and not checkpoints.steps():
       checkpoints.save(int(state.step), state)  # there is always one to go back to
     ledger.add('starting', ledger.now() - ledger.began)

@@ -16,7 +16,8 @@ CONFIG = 'experiments.pretrain.main:\n  steps = 24\n  workdir = {0!r}\n\nlayout.
 
 def described(folder, *, data: int = -1, jax='1.0', rate: float = 0.01):
   """Writes what a run says of itself beside its numbers."""
-  manifest = {'identity': {'optimizer.schedule.peak': rate, 'seed': 0, 'data': 'f00'}, 'versions': {'jax': jax}, 'mesh': {'data': 1}}
+  identity = {'optimizer.schedule.peak': rate, 'seed': 0, 'data': 'f00'}
+  manifest = {'identity': identity, 'versions': {'jax': jax}, 'mesh': {'data': 1}}
   (folder / 'manifest.json').write_text(json.dumps(manifest))
   (folder / 'config.gin').write_text(CONFIG.format(str(folder), data))
 
