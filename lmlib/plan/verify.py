@@ -28,6 +28,7 @@ from lmlib.train import step as step_of
 
 TOLERANCE, FLOOR = 2e-5, 1e-3
 OF_UPDATES = 2e-4  # optimizers divide small numbers, and Muon iterates
+DRAWS, MOVED = 8, 3e-6  # of experts that score alike, rounding chooses: batches to try, and how far weights are moved
 SCALES = 1e-2, 1e2  # of the stream behind a block, at first
 NEAR = 2.0  # nats: of the first loss, about that of guessing
 
@@ -176,13 +177,29 @@ def case(trained: Trained, objective, optimizer, layout: sharding.Layout, *, res
   config = shrink.model(trained.config, layout, -(-objectives.vocabulary(objective, tokenizer.vocab) // 8) * 8)
   with used(layout):
     rows = rows or 2 * sharding.batch_devices()
-  batch = packed(objective, tokenizer, config.vocab, rows, config.length, restart)
-  return Case(trained.replaced(config=config), batch, optimizer, layout)
+  draw = functools.partial(packed, objective, tokenizer, config.vocab, rows, config.length, restart)
+  found = Case(trained.replaced(config=config), draw(0), optimizer, layout)
+  if hasattr(config, 'experts'):
+    loads = found.compiled(lambda params, batch: found.trained.function(params, batch, *found.trained.frozen)[2].get(
+        'expert_load'), found.trained, None)
+    clear = (batch for batch in map(draw, range(DRAWS)) if not _nearly_tied(found.params, batch, loads))
+    found = dataclasses.replace(found, batch=next(clear, found.batch))
+  return found
 
 
-def packed(objective, tokenizer, vocab: int, rows: int, length: int, restart: bool) -> dict:
+def _nearly_tied(params, batch, loads) -> bool:
+  """Whether a token goes to another expert when weights move by a little: rounding might do that too."""
+  random, sent = np.random.default_rng(0), []
+  for size in (0, *(MOVED,) * 4):
+    near = jax.tree.map(lambda x: x * (1 + size * random.standard_normal(x.shape)).astype(x.dtype), params)  # noqa: B023
+    sent.append(loads(near, batch))
+  return any(not np.array_equal(a, b) for other in sent[1:]
+             for a, b in zip(jax.tree.leaves(sent[0]), jax.tree.leaves(other)))
+
+
+def packed(objective, tokenizer, vocab: int, rows: int, length: int, restart: bool, seed: int = 0) -> dict:
   """A batch of rows of two or three documents of random tokens, and what an objective makes of them."""
-  random, T = np.random.default_rng(0), objective.raw(length)
+  random, T = np.random.default_rng(seed), objective.raw(length)
   ids_BT = random.integers(tokenizer.eos + 1, tokenizer.vocab, (rows, T + objective.ahead + 1), dtype=np.int32)
   ends_BT = np.zeros(ids_BT.shape, bool)
   for b in range(rows):
