@@ -113,7 +113,7 @@ def _travelled(compute, way: Ways, tokens: int, most, chosen: int, x_MD, sizes_E
   M, here = x_MD.shape[0], sizes_E.shape[0] // devices
   longest = min(M, tokens * min(chosen, here), here * (tokens if most is None else most))
   rows = min(devices * longest, max(LEAST, math.ceil(ROOM * M)))
-  most = None if most is None else min(rows, devices * most)
+  most = None if most is None or devices * here * most > rows else devices * most  # else it would be padded to more
   count_ZE = jax.lax.all_gather(sizes_E, axis)
   trip = functools.partial(_trip, compute, axis, rows, most)
   if devices * longest <= rows:

@@ -1,10 +1,8 @@
 """The grouped product and its gradients are programs for every TPU, at the sizes of models that there are."""
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 import pytest
 
-from lmlib import sharding
 from lmlib.kernels import grouped_matmul
 from lmlib.plan import compiled
 
@@ -31,18 +29,6 @@ def test_float32():
 
 def test_axes_of_any_length():
   compiles('v5e', 1000, 500, 333, 3, jnp.bfloat16)
-
-
-def test_four_devices():
-  """Every device makes its columns, of the whole program with both gradients."""
-  M, D, F, E = MIXTRAL
-  with sharding.use(sharding.Layout(data=1, tensor=4), compiled.topology('v5e').devices) as mesh:
-    shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
-    program = jax.jit(both).lower(shape(M, D), shape(E, D, F), shape(E).update(dtype=jnp.int32), shape(M, F)).compile()
-  text = program.as_text()
-  assert text.count('custom_call_target="tpu_custom_call"') == 3
-  assert f'bf16[{M},{F // 4}]' in text
-  assert f'bf16[{E},{D},{F // 4}]' in text
 
 
 def both(x_MD, w_EDF, sizes_E, dout_MF):

@@ -48,10 +48,12 @@ def after(layout, microbatches: int = 1):
     return jax.device_get((trees.flat(state.params), found))
 
 
-@pytest.mark.parametrize(('layout', 'microbatches'), [(None, 4), (sharding.Layout(data=2, fsdp=2, tensor=2), 1)])
+@pytest.mark.parametrize(('layout', 'microbatches'), [
+    (None, 4), (sharding.Layout(data=1, fsdp=2, expert=2, tensor=2), 1)])
 def test_microbatches_and_devices_equal_one(layout, microbatches):
   (params, found), (expected_params, expected) = after(layout, microbatches), after(None)
   assert {'auxiliary', 'expert_load', 'router_entropy', 'dropped'} <= found.keys() == expected.keys()
+  assert metrics.flattened(found)['expert_load'] == metrics.flattened(expected)['expert_load']
   for name in expected:
     np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)  # float32, other order
   for name, weight in expected_params.items():
