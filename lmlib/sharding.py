@@ -1,4 +1,4 @@
-"""Where arrays live: one alphabet of axes, and two tables from letters to mesh axes.
+"""Where arrays live: one alphabet of axes, and tables from letters to mesh axes.
 
 A letter means the same thing in a name (x_BTD), in an einsum ('BTD,DF->BTF') and
 in a rule (('F', ('tensor',))):
@@ -22,7 +22,9 @@ import math
 from flax import linen as nn
 from flax import struct
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIUYAZX')
 MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')  # the slowest network first
@@ -40,11 +42,15 @@ _current = contextvars.ContextVar('mesh and layout', default=None)
 class Layout:
   """How many devices each mesh axis takes, and which letters it splits.
 
-  `data` splits the batch; `fsdp` splits the batch and the stored weights with their
-  optimizer state (ZeRO-3, Rajbhandari et al. 2020); `tensor` splits heads, hidden width and
-  vocabulary (Shoeybi et al. 2019); `context` splits the rows themselves, whose attention then goes round
-  a ring (kernels/ring_attention.py); `expert` splits the batch and the experts, to which tokens travel (nn/moe.py);
-  `stage` splits the layers (nn/stack.py). One size may be -1: the devices that are left.
+  `data` splits the batch; `fsdp` splits the batch and, as `zero` says, the weights with what belongs to them (ZeRO,
+  Rajbhandari et al. 2020); `tensor` splits heads, hidden width and vocabulary (Shoeybi et al. 2019); `context` splits
+  the rows themselves, whose attention then goes round a ring (kernels/ring_attention.py); `expert` splits the batch and
+  the experts, to which tokens travel (nn/moe.py); `stage` splits the layers (nn/stack.py). One size may be -1: the
+  devices that are left.
+
+  zero: 1 splits the optimizer's state over fsdp, 2 gradients as well, 3 the stored weights too.
+  slices: groups of devices, each with a fast network of its own and a slow one between them; the mesh axis `across`
+  goes over all of them, slices outermost, and the other axes stay inside one.
   """
   data: int = -1
   fsdp: int = 1
@@ -52,6 +58,9 @@ class Layout:
   context: int = 1
   expert: int = 1
   stage: int = 1
+  zero: int = 3
+  slices: int = 1
+  across: str = 'data'
   weights: tuple = WEIGHTS
   arrays: tuple = ARRAYS
 
@@ -61,6 +70,7 @@ class Layout:
         raise ValueError(f'Layout.{name}={size!r} must be a positive number of devices, or -1 for those left')
     if self.sizes.count(-1) > 1:
       raise ValueError(f'{self}: only one may be -1')
+    self._check_zero_and_slices()
     for letter, mesh_axes in (*self.weights, *self.arrays):
       if letter not in ALPHABET or not set(mesh_axes) <= set(MESH_AXES):
         raise ValueError(f'Layout rule {(letter, mesh_axes)}: letters are {"".join(sorted(ALPHABET))}, '
@@ -68,27 +78,79 @@ class Layout:
       if letter == 'T' and len(mesh_axes) > 1 and (letter, mesh_axes) in self.arrays:
         raise ValueError(f'Layout rule {(letter, mesh_axes)}: rows go round a ring of one mesh axis, not of several')
 
+  def _check_zero_and_slices(self):
+    if self.zero not in (1, 2, 3):
+      raise ValueError(f'Layout.zero={self.zero!r} must be 1, 2 or 3: what fsdp splits')
+    if self.zero != 3 and self.fsdp == 1:
+      raise ValueError(f'Layout.zero={self.zero} says what fsdp={self.fsdp} device splits: nothing; '
+                       'give fsdp devices, or leave zero=3')
+    if not isinstance(self.slices, int) or self.slices < 1:
+      raise ValueError(f'Layout.slices={self.slices!r} must be a positive number of slices')
+    if self.across not in MESH_AXES:
+      raise ValueError(f'Layout.across={self.across!r} must be one of {MESH_AXES}')
+    if (size := getattr(self, self.across)) > 0 and size % self.slices:
+      raise ValueError(f'Layout.{self.across}={size} goes over slices={self.slices}, which do not divide it: '
+                       f'{self.across}={-(-size // self.slices) * self.slices} would, or -1')
+
   @property
   def sizes(self) -> tuple[int, ...]:
     return tuple(getattr(self, name) for name in MESH_AXES)
 
   def __str__(self):
     said = [f'{name}={size}' for name, size in zip(MESH_AXES, self.sizes) if size != 1]
+    said += [f'zero={self.zero}'] if self.zero != 3 else []
+    said += [f'slices={self.slices} of {self.across}'] if self.slices != 1 else []
     return 'Layout ' + (', '.join(said) or 'of one device')
+
+  def table(self, what: str) -> tuple:
+    """The rules of 'arrays' that are computed, or of 'weights', 'gradients' or 'moments': their optimizer's state."""
+    if what == 'arrays':
+      return self.arrays
+    if self.zero >= {'weights': 3, 'gradients': 2, 'moments': 1}[what]:
+      return self.weights
+    return tuple((letter, tuple(axis for axis in axes if axis != 'fsdp')) for letter, axes in self.weights)
 
   def mesh(self, devices=None) -> Mesh:
     """The mesh over `devices` (default: all). Raises ValueError if it does not use them all."""
     devices = jax.devices() if devices is None else devices
+    sizes = self._filled(len(devices))
+    auto = (AxisType.Auto,) * len(MESH_AXES)  # Linen knows no Explicit axes
+    across = MESH_AXES.index(self.across)
+    inside = tuple(size // self.slices if i == across else size for i, size in enumerate(sizes))
+    parts = [mesh_utils.create_device_mesh(inside, part, allow_split_physical_axes=True)
+             for part in in_slices(devices, self.slices)]
+    return Mesh(np.concatenate(parts, axis=across), MESH_AXES, axis_types=auto)
+
+  def _filled(self, devices: int) -> tuple[int, ...]:
+    """The sizes on so many devices."""
     fixed = math.prod(size for size in self.sizes if size > 0)
-    if fixed > len(devices):
-      raise ValueError(f'{self} needs {fixed} devices, but there are {len(devices)}')
-    if len(devices) % fixed or (-1 not in self.sizes and fixed != len(devices)):
-      raise ValueError(f'{self} takes a multiple of {fixed} devices, but there are {len(devices)}'
+    if fixed > devices:
+      raise ValueError(f'{self} needs {fixed} devices, but there are {devices}')
+    if devices % fixed or (-1 not in self.sizes and fixed != devices):
+      raise ValueError(f'{self} takes a multiple of {fixed} devices, but there are {devices}'
                        if -1 in self.sizes else
-                       f'{self} uses {fixed} of {len(devices)} devices: set one size to -1 to use them all')
-    sizes = tuple(size if size > 0 else len(devices) // fixed for size in self.sizes)
-    auto = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh alone gives Explicit axes
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
+                       f'{self} uses {fixed} of {devices} devices: set one size to -1 to use them all')
+    sizes = tuple(size if size > 0 else devices // fixed for size in self.sizes)
+    if (size := sizes[MESH_AXES.index(self.across)]) % self.slices:
+      raise ValueError(f'Layout.{self.across}=-1 is {size} on {devices} devices, which slices={self.slices} do not '
+                       f'divide: slices={math.gcd(size, self.slices)} would')
+    return sizes
+
+
+def in_slices(devices, slices: int) -> list[list]:
+  """The devices of each slice. TPUs know their own; others are cut, in their order, into runs of equal length.
+
+  ValueError if TPUs form another number of slices.
+  """
+  if devices[0].platform != 'tpu':
+    size = len(devices) // slices
+    return [list(devices[i * size:(i + 1) * size]) for i in range(slices)]
+  own = {}
+  for device in devices:
+    own.setdefault(getattr(device, 'slice_index', 0), []).append(device)
+  if len(own) != slices:
+    raise ValueError(f'Layout.slices={slices}, but the {len(devices)} devices form {len(own)}: slices={len(own)}')
+  return [own[index] for index in sorted(own)]
 
 
 @contextlib.contextmanager
@@ -188,11 +250,19 @@ def letters(boxed):
   return jax.tree.map(lambda box: box.axes, boxed, is_leaf=lambda x: isinstance(x, Lettered))
 
 
-def shardings(boxed):
-  """The NamedSharding of every weight in a tree from module.init or its eval_shape, inside use()."""
+def shardings(boxed, what: str = 'weights'):
+  """The NamedSharding of every weight in a tree from module.init or its eval_shape, inside use().
+
+  what: 'weights', as they are stored, their 'gradients', or 'moments', what an optimizer keeps of each.
+  """
+  return placed(letters(boxed), nn.unbox(boxed), what)
+
+
+def placed(letters, shapes, what: str = 'weights'):
+  """shardings() of weights whose letters and shapes are two trees."""
   mesh, layout = _current.get()
-  return jax.tree.map(lambda axes, x: NamedSharding(mesh, spec(axes, x.shape, mesh, layout.weights)),
-                      letters(boxed), nn.unbox(boxed))
+  return jax.tree.map(lambda axes, x: NamedSharding(mesh, spec(axes, x.shape, mesh, layout.table(what))),
+                      letters, shapes)
 
 
 def placer():
@@ -218,3 +288,76 @@ def batch_devices() -> int:
     return 1
   mesh, layout = _current.get()
   return math.prod(mesh.shape[m] for letter, mesh_axes in layout.arrays if letter == 'B' for m in mesh_axes)
+
+
+def laid(tree, places):
+  """Every array of a tree laid out by the NamedSharding at its place in another."""
+  return jax.tree.map(jax.lax.with_sharding_constraint, tree, places)
+
+
+# What a config calls the size of a letter.
+NAMES = {'K': 'kv_heads', 'F': 'hidden', 'V': 'vocab', 'D': 'width', 'L': 'layers', 'E': 'experts'}
+
+
+def check(boxed) -> list[str]:
+  """What a mesh axis in use leaves whole of a model's weights (protocol.boxed), such as 'tensor=8: vocab=50257'.
+
+  That is a vocabulary, and key heads of which there are fewer than devices, where heads are split all the same.
+  ValueError for an axis that does not divide what it is there to split: heads, hidden width, width, layers, experts.
+  """
+  if not in_use():
+    return []
+  mesh, layout = _current.get()
+  weights = [(axes, x.shape) for axes, x in zip(jax.tree.leaves(letters(boxed)), jax.tree.leaves(nn.unbox(boxed)))]
+  whole = []
+  for axis in (axis for axis in MESH_AXES if mesh.shape[axis] > 1):
+    faults, left = _unsplit(axis, mesh.shape[axis], weights)
+    if faults:
+      fits = next(n for n in range(mesh.shape[axis], 0, -1) if not (
+          mesh.shape[axis] % n or (n > 1 and _unsplit(axis, n, weights)[0])))
+      size = mesh.shape[axis] if getattr(layout, axis) > 0 else f'-1, here {mesh.shape[axis]},'
+      rest = f', data={mesh.shape["data"] * mesh.shape[axis] // fits}' if layout.data > 0 else ''
+      raise ValueError(f'Layout.{axis}={size} does not divide {faults[0]}: {axis}={fits}{rest} would')
+    whole += [f'{axis}={mesh.shape[axis]}: {what}' for what in left]
+  return whole
+
+
+def _unsplit(axis: str, size: int, weights) -> tuple[list[str], list[str]]:
+  """What `size` devices of a mesh axis cannot split of weights, (letters, shape): faults, and what may stay whole."""
+  mesh, layout = _current.get()
+  rows = [(letter, math.prod(size if m == axis else mesh.shape[m] for m in axes))
+          for letter, axes in layout.weights if axis in axes]
+  divides = lambda letter, length: any(length % parts == 0 for row, parts in rows if row == letter)
+  sizes, split_heads = {}, False
+  for axes, shape in weights:
+    for letter, length in zip(axes, shape):
+      sizes.setdefault(letter, set()).add(length)
+    split_heads |= any(letter in axes and divides(letter, shape[axes.index(letter)]) for letter in 'KG')
+  faults, left = [], []
+  if any(letter == 'E' for letter, _ in rows) and 'E' not in sizes:
+    faults.append('experts, of which this model has none')
+  for letter in dict.fromkeys(letter for letter, _ in rows):
+    for length in sorted(sizes.get(letter, ())):
+      if divides(letter, length) or letter == 'G':
+        continue
+      if letter == 'K' and not split_heads:
+        heads = sorted(sizes.get('G', {1}))[-1]
+        faults.append(f'kv_heads={length}' + (f' or the {heads} heads of each' if heads > 1 else ''))
+      else:
+        (left if letter in 'KV' else faults).append(f'{NAMES.get(letter, letter)}={length}')
+  return faults, left
+
+
+def told(boxed) -> str:
+  """What the layout in use does with a model's weights, for a report; '' outside use() and on one device."""
+  if not in_use() or _current.get()[0].size == 1:
+    return ''
+  mesh, layout = _current.get()
+  said = []
+  if mesh.shape['fsdp'] > 1:
+    split = ('optimizer state', 'gradients', 'weights')[:layout.zero]
+    said.append(f'fsdp splits {" and ".join([", ".join(split[:-1]), split[-1]] if split[1:] else split)} '
+                f'(ZeRO-{layout.zero})')
+  if layout.slices > 1:
+    said.append(f'{layout.across} goes over {layout.slices} slices')
+  return '; '.join([*said, *(f'{what} stays whole' for what in check(boxed))])

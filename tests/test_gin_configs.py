@@ -13,6 +13,7 @@ from lmlib.data import objectives
 from lmlib.data.prepare import Stored
 from lmlib.models import protocol
 from lmlib.train import step as step_of
+from tests import test_meshes
 
 ROOT = cli.GIN_CONFIGS
 LEAVES = sorted(path.name for path in ROOT.glob('*.gin'))
@@ -25,6 +26,7 @@ GIVEN = ("GLOB = 'texts/*.txt'", "FOLDER = 'data/set'", "TASK = 'task'", "MODULE
          "TARGET = 'runs/taken'")  # what a user must say
 # Behind a leaf.
 ON_THE_COMMAND_LINE = ('meshes/fsdp.gin', 'meshes/context.gin', 'data/data_folder.gin', 'data/seqio_task.gin')
+PODS = tuple(f'meshes/{name}.gin' for name in test_meshes.PODS)  # each for one number of devices
 MODELS = sorted(path.stem for path in (ROOT / 'models').glob('*.gin'))
 # Weights of each file of models/ as published; tied tables count once. Our own four are counted by hand, as is PaLM,
 # whose paper says 540.35 billion: 256000 D + 118 (2 * 48 * 256 D + 2 * 256 D + 3 D F + D) + D.
@@ -105,7 +107,7 @@ def test_what_a_leaf_says_can_be_built(leaf):
 
 @leaves
 def test_a_leaf_may_be_given_after_another_mesh(leaf):
-  for mesh in sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'meshes').glob('*.gin')):
+  for mesh in sorted({path.relative_to(ROOT).as_posix() for path in (ROOT / 'meshes').glob('*.gin')} - {*PODS}):
     if '%LAYOUT' in with_includes(leaf):
       assert arguments(leaf, mesh)[1]['layout'].mesh().size == 8
 
@@ -159,5 +161,5 @@ def test_there_are_eight_macros_and_what_to_read():
 
 def test_every_file_is_used():
   used = {included for leaf in LEAVES for included in includes(leaf)} | {f'models/{name}.gin' for name in PUBLISHED}
-  alone = {name for name in FILES if '/' in name} - used - {*ON_THE_COMMAND_LINE}
+  alone = {name for name in FILES if '/' in name} - used - {*ON_THE_COMMAND_LINE, *PODS}
   assert not alone, f'{alone} belong to no leaf'

@@ -1,10 +1,15 @@
-"""One alphabet and two tables: which mesh axes split which axis of an array, and meshes that are refused."""
+"""One alphabet and its tables: which mesh axes split which axis of an array, and meshes that are refused."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
 from lmlib import sharding
+from lmlib.models import dense, moe, protocol
+from lmlib.nn.moe import Experts
 from lmlib.sharding import ARRAYS, WEIGHTS, Layout, spec
 
 MESH = Layout(data=2, fsdp=2, tensor=2).mesh()
@@ -107,3 +112,77 @@ def test_a_batch_is_placed_by_the_letters_of_its_names():
   shard = lambda x: x.addressable_shards[0].data.shape
   assert jax.tree.map(shard, placed) == {'tokens_BT': (2, 4), 'row_B': (2,)}
   assert all(len(x.devices()) == 1 for x in sharding.placer()(batch).values())
+
+
+@pytest.mark.parametrize(('sizes', 'expected'), [
+    (dict(zero=0), 'zero=0 must be 1, 2 or 3'), (dict(zero=1), r'zero=1 says what fsdp=1 device splits: nothing'),
+    (dict(slices=0), 'slices=0 must be'), (dict(across='pipe'), "across='pipe' must be one of"),
+    (dict(data=3, slices=2), r'data=3 goes over slices=2, which do not divide it: data=4 would, or -1'),
+    (dict(data=-1, tensor=8, slices=2), r'data=-1 is 1 on 8 devices, which slices=2 do not divide: slices=1 would')])
+def test_settings_of_a_layout_that_cannot_be(sizes, expected):
+  with pytest.raises(ValueError, match=expected):
+    Layout(**sizes).mesh()
+
+
+@pytest.mark.parametrize(('layout', 'inside'), [
+    (Layout(data=2, fsdp=4, slices=2), ('fsdp',)), (Layout(data=4, tensor=2, slices=2), ('tensor',)),
+    (Layout(data=2, stage=2, tensor=2, slices=2, across='stage'), ('data', 'tensor')),
+    (Layout(data=1, fsdp=-1, slices=4, across='fsdp'), ())], ids=str)
+def test_one_axis_goes_over_slices_and_the_others_stay_inside(layout, inside):
+  mesh, size = layout.mesh(), 8 // layout.slices
+  slice_of = np.vectorize(lambda device: device.id // size)(mesh.devices)  # equal runs of devices
+  names = sharding.MESH_AXES
+  across = np.moveaxis(slice_of, names.index(layout.across), 0)
+  assert (np.diff(across, axis=0) >= 0).all()
+  for axis in inside:
+    along = np.moveaxis(slice_of, names.index(axis), 0)
+    assert (along == along[:1]).all(), axis
+  runs = across.reshape(layout.slices, -1)
+  assert (runs == np.arange(layout.slices)[:, None]).all()
+
+
+def test_zero_says_what_fsdp_splits():
+  split = {zero: [what for what in ('weights', 'gradients', 'moments')
+                  if spec('DF', (8, 8), MESH, Layout(fsdp=2, zero=zero).table(what)) == P('fsdp', 'tensor')]
+           for zero in (1, 2, 3)}
+  assert split == {1: ['moments'], 2: ['gradients', 'moments'], 3: ['weights', 'gradients', 'moments']}
+  assert spec('DF', (8, 8), MESH, Layout(fsdp=2, zero=1).table('weights')) == P(None, 'tensor')
+
+
+SMALL = dense.Config(vocab=96, layers=4, width=24, hidden=40, heads=12, kv_heads=6, head_width=4)
+
+
+@pytest.mark.parametrize(('layout', 'model', 'expected'), [
+    (dict(data=1, tensor=8), dict(), r'Layout.tensor=8 does not divide kv_heads=6 or the 2 heads of each: '
+                                     r'tensor=2, data=4 would'),
+    (dict(tensor=4), dict(kv_heads=12, hidden=42), r'tensor=4.*hidden=42: tensor=2 would'),
+    (dict(data=1, tensor=-1), dict(), r'Layout.tensor=-1, here 8, does not divide kv_heads=6'),
+    (dict(data=1, fsdp=8), dict(width=20), r'Layout.fsdp=8 does not divide width=20: fsdp=4, data=2 would'),
+    (dict(data=1, stage=8), dict(), r'Layout.stage=8 does not divide layers=4: stage=4, data=2 would'),
+    (dict(data=1, expert=8), dict(), r'Layout.expert=8 does not divide experts, of which this model has none: '
+                                     r'expert=1, data=8 would')])
+def test_a_layout_that_does_not_fit_a_model_says_which_would(layout, model, expected):
+  boxed = protocol.boxed(dataclasses.replace(SMALL, **model))
+  with sharding.use(Layout(**layout)), pytest.raises(ValueError, match=expected):
+    sharding.check(boxed)
+
+
+def test_experts_that_do_not_fit():
+  boxed = protocol.boxed(moe.Config(experts=Experts(count=6)))
+  expected = r'Layout.expert=4 does not divide experts=6: expert=2, data=4 would'
+  with sharding.use(Layout(data=2, expert=4)), pytest.raises(ValueError, match=expected):
+    sharding.check(boxed)
+  with sharding.use(Layout(expert=2)):
+    assert sharding.check(boxed) == []
+
+
+def test_what_may_stay_whole_is_said():
+  boxed = protocol.boxed(dataclasses.replace(SMALL, vocab=97, kv_heads=3))
+  assert sharding.check(boxed) == []
+  assert sharding.told(boxed) == ''
+  with sharding.use(Layout(data=2, tensor=4)):
+    assert sharding.check(boxed) == ['tensor=4: kv_heads=3', 'tensor=4: vocab=97']
+  with sharding.use(Layout(data=2, fsdp=4, zero=2, slices=2)):
+    assert sharding.told(boxed) == 'fsdp splits optimizer state and gradients (ZeRO-2); data goes over 2 slices'
+  with sharding.use(Layout(data=4, tensor=2)):
+    assert sharding.told(boxed) == 'tensor=2: kv_heads=3 stays whole; tensor=2: vocab=97 stays whole'

@@ -19,8 +19,13 @@ def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
   where = f'going on after step {start} of {steps}' if start else f'{steps} steps'
   return (f'model       {facts["parameters"]:,} weights; {facts["flops_per_token"] / 1e6:,.1f} MFLOP a token to train '
           f'(6ND: {facts["flops_per_token_6nd"] / 1e6:,.1f})\n'
-          f'mesh        {mesh}{peak} ({facts["peak_source"]})\n'
+          f'mesh        {mesh}{peak} ({facts["peak_source"]})\n{layout(facts)}'
           f'workdir     {folder}: {where}')
+
+
+def layout(facts: dict) -> str:
+  """The line that says what a layout does with the weights, or nothing where there is one device."""
+  return f'layout      {facts["layout"]}\n' if facts.get('layout') else ''
 
 
 def write(folder: pathlib.Path, *, score: Score | held_out.Score, others: dict[str, float], samples,

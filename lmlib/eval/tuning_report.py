@@ -19,7 +19,7 @@ def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
   return (f'model       {facts["source"]}: {facts["parameters"]:,} weights\n'
           f'trained     {facts["trained"]:,} numbers, {share:.2%} of as many; optimizer state '
           f'{megabytes(facts["optimizer_bytes"])}{whole}\n'
-          f'mesh        {mesh}\n'
+          f'mesh        {mesh}\n{report.layout(facts)}'
           f'workdir     {folder}: {where}')
 
 

@@ -21,6 +21,17 @@ from lmlib.optim.kinds import descended, kinds
 from lmlib.optim.schedules import Schedule
 
 
+class Transformation(optax.GradientTransformation):
+  """An optax transformation that knows the axis letters of its weights, so that gradients can be laid out by them."""
+  letters = None
+
+  @classmethod
+  def of(cls, transformation: optax.GradientTransformation, letters) -> 'Transformation':
+    made = cls(*transformation)
+    made.letters = letters
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
   """The settings that all optimizers have; see kinds.py for what a matrix, an embedding, a vector is."""
@@ -40,7 +51,7 @@ class Optimizer:
     settings.positive_or_none(self, 'decay', 'decay_embedding', 'decay_vector', 'clip')
     settings.positive(self, 'rate_embedding', 'rate_vector', 'rate_balance')
 
-  def transformation(self, letters, steps: int) -> optax.GradientTransformation:
+  def transformation(self, letters, steps: int) -> 'Transformation':
     """The optax transformation for weights whose axis letters are `letters`, over a run of `steps`.
 
     Raises ValueError if the schedule does not fit into `steps`. The state has one form whatever is
@@ -55,9 +66,9 @@ class Optimizer:
         optax.scale_by_learning_rate(lambda count: self.schedule.rate(count, steps)))
     of = jax.tree.map(lambda kind: kind if kind == 'balance' else 'descended', kinds(letters))
     if 'balance' not in jax.tree.leaves(of):
-      return transformation
+      return Transformation.of(transformation, letters)
     balance = optax.stateless(lambda errors, _: jax.tree.map(lambda g: -self.rate_balance * jnp.sign(g), errors))
-    return optax.partition({'descended': transformation, 'balance': balance}, of)
+    return Transformation.of(optax.partition({'descended': transformation, 'balance': balance}, of), letters)
 
   def _direction(self, letters) -> optax.GradientTransformation:
     raise NotImplementedError

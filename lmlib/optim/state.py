@@ -19,8 +19,10 @@ def state_shardings(transformation: optax.GradientTransformation, shapes, shardi
       return moment
     return sharding if moment.shape == weight.shape else replicated
 
+  # By shape alone: nothing can be computed on a mesh of devices that are not here.
+  init = lambda weights: jax.eval_shape(transformation.init, weights)
   return optax.tree_utils.tree_map_params(
-      transformation, placed, jax.eval_shape(transformation.init, shapes), shapes, shardings,
+      optax.GradientTransformation(init, transformation.update), placed, init(shapes), shapes, shardings,
       transform_non_params=lambda _: replicated, is_leaf=masked)
 
 

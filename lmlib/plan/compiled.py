@@ -36,8 +36,10 @@ def available(platform: str = 'tpu') -> bool:
   return importlib.util.find_spec({'tpu': 'libtpu', 'cuda': 'jax_cuda13_plugin'}[platform]) is not None
 
 
-def topology(machine: str):
+def topology(machine: str, slices: int = 1):
   """The devices of a machine: a chip of TPUS or GPUS, or a TPU topology such as 'v5e:16x16'. None of them runs.
+
+  slices: so many of this TPU machine, joined by the network of a data centre.
 
   ModuleNotFoundError without the compiler; ValueError if it knows no such machine.
   """
@@ -52,7 +54,10 @@ def topology(machine: str):
   for variable, value in {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_SKIP_MDS_QUERY': '1'}.items():
     os.environ.setdefault(variable, value)
   try:
-    return topologies.get_topology_desc(topology_name=TPUS.get(machine, machine), platform='tpu')
+    return topologies.get_topology_desc(topology_name=TPUS.get(machine, machine), platform='tpu',
+                                        **({'num_slices': slices} if slices > 1 else {}),
+                                        # Both cores of a v4 are one device, as they are where JAX runs on it.
+                                        **({'chip_config_name': 'megacore'} if machine.startswith('v4') else {}))
   except Exception as error:  # jaxlib raises several kinds
     raise ValueError(f'machine={machine!r} is none of {[*TPUS, *GPUS]} and none that libtpu knows, such as '
                      f"'v5e:16x16': {str(error).splitlines()[0]}") from error

@@ -20,14 +20,17 @@ MOST = {'head_width': HEAD_WIDTH, 'width': WIDTH, 'hidden': HIDDEN, 'length': LE
 
 
 def layout(whole: Layout, devices: int = 8) -> Layout:
-  """A layout of the same mesh axes: each has two devices, and the largest ones more while `devices` allow it."""
+  """A layout of the same mesh axes: each has two devices, and the largest ones more while `devices` allow it.
+
+  Of several slices there are two.
+  """
   found = {name: 1 if size == 1 else 2 for name, size in zip(MESH_AXES, whole.sizes)}
   wanted = {name: math.inf if size == -1 else size for name, size in zip(MESH_AXES, whole.sizes)}
   while several := [name for name in MESH_AXES if found[name] > 1 and 2 * found[name] <= wanted[name]]:
     if 2 * math.prod(found.values()) > devices:
       break
     found[max(several, key=lambda name: wanted[name] / found[name])] *= 2
-  return dataclasses.replace(whole, **found)
+  return dataclasses.replace(whole, **found, slices=min(whole.slices, 2))
 
 
 def model(whole: protocol.Config, small: Layout, vocab: int) -> protocol.Config:

@@ -144,7 +144,9 @@ class Case:
     trained = trained or self.trained
 
     def of(params, batch):
-      grads, _, metrics = step_of.gradients(trained.function, params, batch, *trained.frozen, microbatches=microbatches)
+      places = None if layout is None else sharding.shardings(trained.boxed, 'gradients')
+      grads, _, metrics = step_of.gradients(trained.function, params, batch, *trained.frozen,
+                                            microbatches=microbatches, places=places)
       return grads, metrics
 
     return self.compiled(of, trained, layout)(self.params, self.batch)

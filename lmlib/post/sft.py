@@ -10,11 +10,10 @@ from flax import linen as nn
 import jax
 import optax
 
-from lmlib import trees
+from lmlib import sharding, trees
 from lmlib.models import protocol
 from lmlib.nn import adapters, matrices
 from lmlib.optim.state import state_bytes
-from lmlib.sharding import letters
 from lmlib.train import step as step_of
 
 
@@ -44,10 +43,14 @@ class Tuning:
     return whole if self.adapter is None else adapters.boxed(self.adapter, whole)
 
   def letters(self):
-    return letters(self.boxed())
+    return sharding.letters(self.boxed())
 
   def shapes(self, optimizer: optax.GradientTransformation) -> step_of.State:
-    """The State of a run, of what is trained alone: shapes, types and where every array is stored."""
+    """The State of a run, of what is trained alone: shapes, types and where every array is stored.
+
+    ValueError if the layout in use does not fit the model.
+    """
+    sharding.check(protocol.boxed(self.config))
     return step_of.shapes_of(self.boxed(), optimizer)
 
   def state(self, base, optimizer: optax.GradientTransformation, key: jax.Array, tree=None) -> step_of.State:
@@ -86,8 +89,12 @@ class Tuning:
     return adapters.attach(self.config, *frozen, adapters.Adapter(trained, self.adapter))
 
   def facts(self, optimizer, steps: int) -> dict:
-    """Weights that are trained and bytes of their optimizer's state, beside those of training all of the model."""
+    """Weights that are trained and bytes of their optimizer's state, beside those of training all of the model.
+
+    And what the layout in use does with them, as sharding.told() says it.
+    """
     whole = Tuning(self.config)
     state = lambda tuning: state_bytes(optimizer.transformation(tuning.letters(), steps), nn.unbox(tuning.boxed()))
     return {'parameters': trees.count(whole.boxed()), 'trained': trees.count(self.boxed()),
-            'optimizer_bytes': state(self), 'optimizer_bytes_of_all': state(whole)}
+            'optimizer_bytes': state(self), 'optimizer_bytes_of_all': state(whole),
+            'layout': sharding.told(whole.boxed())}

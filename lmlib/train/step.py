@@ -32,8 +32,8 @@ class State:
     return cls(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1):
-  """Returns step(state, batch, *frozen) -> (state, metrics), pure and ready to jit.
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1, places=None):
+  """Returns step(state, batch, *frozen) -> (state, metrics), pure and ready to jit; places: see gradients().
 
   Every array of a batch has the batch axis first, a multiple of `microbatches`. Metrics are the
   loss and the loss's own, divided by the weight; norms of gradient (before clipping), parameters
@@ -41,7 +41,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
   """
 
   def step(state: State, batch, *frozen):
-    grads, weight, metrics = gradients(loss, state.params, batch, *frozen, microbatches=microbatches)
+    grads, weight, metrics = gradients(loss, state.params, batch, *frozen, microbatches=microbatches, places=places)
     grad_norm = optax.tree.norm(descended(grads))
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params, update_norm = optax.apply_updates(state.params, updates), optax.tree.norm(updates)
@@ -56,14 +56,21 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
   return step
 
 
-def gradients(loss: Loss, params, batch, *frozen, microbatches: int = 1):
-  """(gradients, weight, metrics) of a batch: sums over its microbatches, divided once by the weight."""
+def gradients(loss: Loss, params, batch, *frozen, microbatches: int = 1, places=None):
+  """(gradients, weight, metrics) of a batch: sums over its microbatches, divided once by the weight.
+
+  places: where they are laid out, a tree of NamedShardings like the weights; None: where XLA will.
+  """
 
   def summed(params, batch):
     total, weight, metrics = loss(params, batch, *frozen)
     return total, (weight, metrics | {'loss': total})
 
-  grads, (weight, metrics) = _accumulated(jax.grad(summed, has_aux=True), params, batch, microbatches)
+  def gradient(params, batch):
+    grads, aux = jax.grad(summed, has_aux=True)(params, batch)
+    return grads if places is None else sharding.laid(grads, places), aux
+
+  grads, (weight, metrics) = _accumulated(gradient, params, batch, microbatches)
   metrics = {name: x[0] / x[1] if isinstance(x, tuple) else x / weight for name, x in metrics.items()}
   return jax.tree.map(lambda x: x / weight, grads), weight, metrics
 
@@ -83,16 +90,24 @@ def _accumulated(gradient, params, batch, microbatches: int):
 
 
 def placed(boxed):
-  """Shapes and types of weights from protocol.boxed() and, inside sharding.use(), where each is stored."""
+  """Shapes and types of weights from protocol.boxed() and, inside sharding.use(), where each is stored.
+
+  ValueError if the layout in use does not fit them.
+  """
   if not sharding.in_use():
     return nn.unbox(boxed)
+  sharding.check(boxed)
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                       nn.unbox(boxed), sharding.shardings(boxed))
 
 
 def shapes(config: protocol.Config, optimizer: optax.GradientTransformation) -> State:
-  """The State of a new run: shapes, types and, inside sharding.use(), where every array is stored."""
-  return shapes_of(protocol.boxed(config), optimizer)
+  """The State of a new run: shapes, types and, inside sharding.use(), where every array is stored.
+
+  ValueError if the layout in use does not fit the model.
+  """
+  sharding.check(boxed := protocol.boxed(config))
+  return shapes_of(boxed, optimizer)
 
 
 def shapes_of(boxed, optimizer: optax.GradientTransformation) -> State:
@@ -101,8 +116,9 @@ def shapes_of(boxed, optimizer: optax.GradientTransformation) -> State:
   state = jax.eval_shape(lambda params: State.create(params, optimizer), params)
   if not sharding.in_use():
     return state
-  places, everywhere = sharding.shardings(boxed), sharding.replicated()
-  stored = State(everywhere, places, state_shardings(optimizer, params, places, everywhere), everywhere)
+  everywhere = sharding.replicated()
+  moments = state_shardings(optimizer, params, sharding.shardings(boxed, 'moments'), everywhere)
+  stored = State(everywhere, sharding.shardings(boxed), moments, everywhere)
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, stored)
 
 
@@ -121,6 +137,8 @@ def begun(params, optimizer: optax.GradientTransformation, shapes: State) -> Sta
 
 def compiled(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int, shapes: State):
   """make_step() jitted: the old state's memory is reused, the new one is laid out like `shapes`."""
+  if not sharding.in_use():
+    return jax.jit(make_step(loss, optimizer, microbatches), donate_argnums=0)
   where = jax.tree.map(lambda x: x.sharding, shapes)
-  out = (where, None) if sharding.in_use() else None
-  return jax.jit(make_step(loss, optimizer, microbatches), donate_argnums=0, out_shardings=out)
+  step = make_step(loss, optimizer, microbatches, sharding.placed(optimizer.letters, shapes.params, 'gradients'))
+  return jax.jit(step, donate_argnums=0, out_shardings=(where, None))

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from lmlib import sharding
+from lmlib import sharding, trees
 from lmlib.models import protocol
 from lmlib.optim.adamw import AdamW
 from lmlib.optim.schedules import Constant
@@ -64,7 +64,8 @@ def test_microbatches_equal_the_large_batch(microbatches, one_device):
 
 @pytest.mark.parametrize('layout', [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2),
                                     dict(data=4, tensor=2), dict(data=2, context=4),
-                                    dict(data=1, fsdp=2, context=2, tensor=2)], ids=str)
+                                    dict(data=1, fsdp=2, context=2, tensor=2), dict(data=2, fsdp=4, zero=1),
+                                    dict(data=1, fsdp=4, tensor=2, zero=2)], ids=str)
 def test_eight_devices_equal_one(layout, one_device):
   assert_close(after(sharding.Layout(**layout)), one_device)
 
@@ -83,6 +84,20 @@ def test_weights_and_moments_are_split_by_fsdp():
       big = [x for x in jax.tree.leaves(tree) if x.size >= CONFIG.width**2]
       assert big
       assert all(x.addressable_shards[0].data.size == x.size // 8 for x in big)
+
+
+@pytest.mark.parametrize('zero', [1, 2, 3])
+def test_a_device_holds_what_zero_says(zero):
+  """Bytes of a program's arguments: weights, whole or split, moments, split, and a device's share of the batch."""
+  with sharding.use(sharding.Layout(data=1, fsdp=8, zero=zero)):
+    tx = transformation()
+    shapes = step_of.shapes(CONFIG, tx)
+    given = sharding.placer()({name: x for name, x in batch().items() if name != 'row_B'})  # no dropout reads it
+    program = step_of.compiled(LOSS, tx, 1, shapes).lower(shapes, given).compile()
+  weights = trees.nbytes(shapes.params)  # every one has the width as an axis, which 8 divides
+  counts = trees.nbytes(shapes) - 3 * weights
+  share = weights * (3 if zero == 3 else 2) // 8 + weights * (zero < 3)
+  assert program.memory_analysis().argument_size_in_bytes == share + counts + trees.nbytes(given) // 8
 
 
 def test_the_loss_is_the_weighted_mean():
