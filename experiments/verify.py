@@ -23,7 +23,7 @@ from lmlib.post.sft import Tuning
 from lmlib.train import health, losses
 
 
-def main(experiment: str, run: dict):
+def main(*, experiment: str, run: dict):
   """Verifies a run of experiments/pretrain.py or sft.py, given its arguments. RunFault if anything differs."""
   layout = shrink.layout(run['layout'])
   os.environ.update(fake_devices.environment(math.prod(layout.sizes)))

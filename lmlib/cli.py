@@ -43,7 +43,7 @@ def run(file: str, of: tuple[str, ...] = ()):
   """Calls main() of the experiment in `file` with what the flags say, and exits with the status above.
 
   of: experiments whose settings it reads, for one that has none of its own: its main() is given the name of the one
-  that the files are for, and its arguments.
+  that the files are for, `experiment`, and its arguments, `run`.
   """
   quiet()
   keep_memory()
@@ -58,7 +58,8 @@ def run(file: str, of: tuple[str, ...] = ()):
       print(_help(path, of or (path.stem,)))
     elif of:
       main = importlib.import_module(f'{path.parent.name}.{path.stem}').main
-      main(*arguments_of(of, given.gin_file, given.gin_bindings))
+      experiment, settings = arguments_of(of, given.gin_file, given.gin_bindings)
+      main(experiment=experiment, run=settings)
     else:
       main = importlib.import_module(f'{path.parent.name}.{path.stem}').main
       main(**arguments(main, given.gin_file, given.gin_bindings))

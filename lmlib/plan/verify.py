@@ -242,6 +242,7 @@ def against(check: str, expected, found) -> Iterator[Row]:
 
 
 def tensors(check: str, what: str, expected, found, tolerance: float) -> Iterator[Row]:
+  """Every tensor of two trees, by the norm of its difference."""
   expected, found = trees.flat(expected), trees.flat(found)
   norms = {name: float(np.linalg.norm(np.asarray(x, np.float64))) for name, x in expected.items()}
   felt = [norm for name, norm in norms.items() if not name.endswith(BALANCE)]  # which is an error of load
