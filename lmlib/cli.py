@@ -31,7 +31,7 @@ import warnings
 from absl import flags, logging
 from gin import config_parser
 
-from lmlib import gin_text
+from lmlib import gin_text, processes
 from lmlib.gin_text import Bound, Macro, Object, close
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
@@ -62,17 +62,31 @@ def run(file: str, of: tuple[str, ...] = ()):
       main(experiment=experiment, run=settings)
     else:
       main = importlib.import_module(f'{path.parent.name}.{path.stem}').main
-      main(**arguments(main, given.gin_file, given.gin_bindings))
+      settings = arguments(main, given.gin_file, given.gin_bindings)
+      _begin(f'{path.parent.name}.{path.stem}.main', settings)
+      main(**settings)
+      processes.end()
   except SystemExit:
     raise
   except BaseException as error:
     status, reason = _fault(error, path)
-    if reason is None:
+    if shown := reason is None and not processes.consequence(error):
       traceback.print_exc()
-    else:
+    processes.fail(error, reason or traceback.format_exception_only(error)[-1].strip(), status, shown=shown)
+    if not shown:
       print(reason, file=sys.stderr)
     sys.exit(status)
   sys.exit(0)
+
+
+def _begin(name: str, settings: dict):
+  """Joins the other processes of the run, if the environment speaks of any; their settings must be the same."""
+  if processes.found(os.environ) is None:
+    return
+  if 'layout' not in settings:
+    raise ValueError(f'{name} runs in one process, but the environment speaks of several (lmlib/processes.py): '
+                     'only what has a LAYOUT can be divided')
+  processes.begin({'settings': gin_text.gin_text(name, settings).splitlines()})
 
 
 def arguments(main, gin_files=(), bindings=()) -> dict:
