@@ -142,7 +142,8 @@ class Order:
 
 
 class Events:
-  """The folder WORKDIR/spikes: <step>_<index>.json for each step that was not as it should be, by its batch."""
+  """The folder WORKDIR/spikes, with a file for each step that was not as it should be: <step>_<index of its batch>.json
+  where the run went back, <step>_<index>_skipped.json where it went on."""
 
   def __init__(self, workdir: pathlib.Path):
     self.folder = workdir / 'spikes'
@@ -153,7 +154,7 @@ class Events:
     for path in self.folder.glob('*.json'):
       try:
         found.append(json.loads(path.read_text()))
-        if not {'step', 'batch', 'left_out', 'back_to'} <= found[-1].keys():
+        if not {'step', 'batch', 'left_out', 'rollback'} <= found[-1].keys():
           raise ValueError('an event has more')
       except (ValueError, AttributeError) as error:
         raise ValueError(f'{path} is damaged, and says which batches the run leaves out; restore it, or give another '
@@ -165,12 +166,14 @@ class Events:
     return Order().without(index for event in self.read() for index in event['left_out'])
 
   def rollbacks(self) -> int:
-    return sum(event['back_to'] is not None for event in self.read())
+    """How often the run has gone back."""
+    return max((event['rollback'] or 0 for event in self.read()), default=0)
 
   def write(self, event: dict) -> pathlib.Path:
-    """event: step, batch (its index), why, left_out, back_to (None: the run did not go back) and what else is known."""
+    """event: step, batch (its index), why, left_out, rollback (its number; None where the run went on) and more."""
     self.folder.mkdir(exist_ok=True)
-    path = self.folder / f'{event["step"]}_{event["batch"]}.json'
+    skipped = '_skipped' if event['rollback'] is None else ''
+    path = self.folder / f'{event["step"]}_{event["batch"]}{skipped}.json'
     fresh = path.with_suffix('.tmp')
     with fresh.open('w') as file:
       file.write(json.dumps(metrics.finite(event), indent=1) + '\n')

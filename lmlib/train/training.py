@@ -122,8 +122,8 @@ def back(course: Course, spike: Spike, spikes: Spikes, *, events: Events, order:
   left_out = [order.index(position) for position in range(first - 1, spike.last)] if again else []
   checkpoints.forget(begin)
   # Only now: a run that is killed before this line comes here again, and to the same.
-  path = events.write({'step': at, 'batch': index, 'why': str(spike), 'left_out': left_out, 'back_to': begin,
-                       'recorded': recorded(spike.line), 'replayed': values,
+  path = events.write({'step': at, 'batch': index, 'why': str(spike), 'left_out': left_out, 'rollback': used + 1,
+                       'back_to': begin, 'recorded': recorded(spike.line), 'replayed': values,
                        'documents': course.batches.describe(index), 'layers': found})
   what = f'without the batch{"es" if len(left_out) > 1 else ""} {_spans(left_out)}' if again else (
       f'with all batches, for when it was replayed from there its loss was {values["loss"]:.6g}: is the machine sound?')

@@ -82,7 +82,7 @@ class Watching:
   def _note(self, line: dict, state, why: str):
     """Of a step that changed nothing: what it read and, with Spikes, norms of its layers with the weights of now."""
     index, course = self._order.index(line['step'] - 1), self._course
-    event = {'step': line['step'], 'batch': index, 'why': why, 'left_out': [], 'back_to': None,
+    event = {'step': line['step'], 'batch': index, 'why': why, 'left_out': [], 'rollback': None,
              'recorded': recorded(line), 'documents': course.batches.describe(index)}
     if self._watch.spikes:
       _, found = course.layers(state, course.batch(index), *course.frozen)

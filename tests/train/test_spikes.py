@@ -95,11 +95,12 @@ def test_an_order_counts_past_what_is_left_out():
 def test_what_was_decided_is_read_back(tmp_path):
   events = Events(tmp_path)
   assert (events.read(), events.order(), events.rollbacks()) == ([], Order(), 0)
-  plain = {'step': 20, 'batch': 19, 'left_out': [], 'back_to': None, 'loss': math.nan}
+  plain = {'step': 20, 'batch': 19, 'left_out': [], 'rollback': None, 'loss': math.nan}
   events.write(plain)
-  events.write(plain | {'step': 9, 'batch': 8, 'left_out': [8], 'back_to': 5})
-  events.write(plain | {'step': 9, 'batch': 9, 'left_out': [9], 'back_to': 5})
-  assert [(event['step'], event['batch']) for event in Events(tmp_path).read()] == [(9, 8), (9, 9), (20, 19)]
+  events.write(plain | {'step': 9, 'batch': 8, 'left_out': [8], 'rollback': 1})
+  events.write(plain | {'step': 9, 'batch': 9, 'left_out': [9], 'rollback': 2})
+  events.write(plain | {'step': 9, 'batch': 9})  # is kept beside it
+  assert [(event['step'], event['batch']) for event in Events(tmp_path).read()] == [(9, 8), (9, 9), (9, 9), (20, 19)]
   assert Events(tmp_path).order() == Order((8, 9))
   assert Events(tmp_path).rollbacks() == 2
   assert Events(tmp_path).read()[-1]['loss'] is None
@@ -108,7 +109,7 @@ def test_what_was_decided_is_read_back(tmp_path):
 @pytest.mark.parametrize('torn', ['', '{"step": 3}', '[]', '{"step'])
 def test_a_decision_that_cannot_be_read_is_no_silence(tmp_path, torn):
   events = Events(tmp_path)
-  events.write({'step': 9, 'batch': 8, 'left_out': [8], 'back_to': 5}).write_text(torn)
+  events.write({'step': 9, 'batch': 8, 'left_out': [8], 'rollback': 1}).write_text(torn)
   with pytest.raises(ValueError, match=r'9_8\.json is damaged, and says which batches the run leaves out'):
     events.order()
 

@@ -115,10 +115,19 @@ def test_a_spike_that_does_not_come_again_leaves_nothing_out(tmp_path, monkeypat
   assert equal(state, run(tmp_path / 'never', Rows()))
 
 
+def test_a_machine_that_fails_at_one_step_again_and_again_ends_the_run(tmp_path, monkeypatch):
+  """The batch is noise whenever the loop reads it, and none when it is replayed: nothing is ever left out."""
+  rows = Rows(poisoned=[16])
+  monkeypatch.setattr('lmlib.train.training.Course.batch', lambda course, index: course.place(Rows().batch_at(index)))
+  with pytest.raises(health.RunFault, match='has gone back 2 times'):
+    run(tmp_path / 'run', rows, Watch(spikes=Spikes(window=6, rollbacks=2)))
+  assert Events(tmp_path / 'run').order().left_out == ()
+
+
 def test_steps_that_are_not_finite_are_left_where_they_stand_and_what_they_held_is_kept(tmp_path):
   run(tmp_path / 'run', Rows(broken=[16]), WATCH)
   event, = Events(tmp_path / 'run').read()
-  assert (event['step'], event['left_out'], event['back_to'], event['weights_after_step']) == (17, [], None, 18)
+  assert (event['step'], event['left_out'], event['rollback'], event['weights_after_step']) == (17, [], None, 18)
   assert event['documents'] == ['rows of 16']
   assert event['layers']['gradient']['blocks_0/mlp/up'] is None  # NaN
   assert event['layers']['weights']['blocks_0/mlp/up'] > 0
