@@ -13,11 +13,10 @@ if __name__ == '__main__':  # before jax is imported, which reads its log level 
 import contextlib
 import dataclasses
 import functools
-import json
 
 import jax
 
-from lmlib import gin_text, sharding, trees
+from lmlib import gin_text, processes, sharding, trees
 from lmlib.data import objectives
 from lmlib.data import packing as packings
 from lmlib.data.prepare import prepare
@@ -25,7 +24,7 @@ from lmlib.eval import evaluation, held_out, perplexity, report
 from lmlib.models import protocol
 from lmlib.plan import chips, cost
 from lmlib.serve.generate import generate
-from lmlib.train import encoder_losses, health, loop, losses, metrics, training
+from lmlib.train import encoder_losses, health, keeping, loop, losses, metrics, training
 from lmlib.train import step as step_of
 from lmlib.train.checkpoint import Checkpoints
 from lmlib.train.watch import Watch
@@ -34,13 +33,15 @@ from lmlib.train.workdir import Workdir
 
 def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0,
          packing=packings.Split(), objective=objectives.CAUSAL, loss=losses.NextToken(), length: int | None = None,
-         microbatches: int = 1, save_every: int = 100, keep: int = 2, watch=Watch(), evaluations: tuple = (),
-         evaluate_every: int | None = None, prompts: tuple = ('import ', 'class ', 'def read(')):
+         microbatches: int = 1, save_every: int = 100, keep: int | keeping.Keep = 2, watch=Watch(),
+         evaluations: tuple = (), evaluate_every: int | None = None,
+         prompts: tuple = ('import ', 'class ', 'def read(')):
   """Trains `model` on `data` for `steps` steps of `batch` rows of `length` tokens (None: the model's length).
 
   `data` is a corpus or a mixture of several; `packing` fills rows with documents, `objective` says what of
   them is predicted. Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written;
-  the last `keep` stay. `watch` is what to look out for (train/watch.py). `evaluations` (eval/evaluations.py) run every
+  the last `keep` stay, or those that a keeping.Keep says. `watch` is what to look out for (train/watch.py).
+  `evaluations` (eval/evaluations.py) run every
   `evaluate_every` steps and after the last; what they find goes to evaluations.jsonl and TensorBoard. At the end a
   decoder is scored on the held-out documents and continues each of `prompts`; a model with an encoder, or one that
   learned to fill in, is scored by what its objective hides in them.
@@ -53,14 +54,11 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     # What can be known before any work.
     mesh = stack.enter_context(sharding.use(layout))
     loop.check(steps=steps, batch=batch, microbatches=microbatches, length=length, longest=model.length,
-               save_every=save_every, keep=keep, seed=seed,
-               evaluate_every=1 if evaluate_every is None else evaluate_every)
+               save_every=save_every, seed=seed, evaluate_every=1 if evaluate_every is None else evaluate_every)
     encoder_losses.agree(loss, objective)
     loss.of(model)  # refuses a model of another kind
-    if bool(evaluations) != (evaluate_every is not None):
-      raise ValueError(f'evaluate_every={evaluate_every} and {len(evaluations)} evaluations: both or neither')
-    if evaluations:
-      evaluation.check(evaluations)
+    evaluation.check_during(evaluations, evaluate_every)
+    keep = keeping.checked(keep, evaluations, save_every, evaluate_every)
     if model.vocab != (needed := objectives.vocabulary(objective, data.vocab)):
       more = '' if needed == data.vocab else f' and the special ids of the objective go up to {needed - 1}'
       raise ValueError(f'the model has vocab={model.vocab}, but the tokenizer of the data has '
@@ -73,7 +71,8 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     folder = run.path
 
     # What it reads.
-    prepared = prepare(data, say=live.say)
+    with processes.in_turn('data'):
+      prepared = prepare(data, say=live.say)
     if prepared.held_out is None:
       raise ValueError(f'{prepared.train.path} was prepared with held_out=None: there is nothing to score on')
     run.check({'data': prepared.train.fingerprint})
@@ -96,8 +95,7 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     else:
       state = step_of.init(model, transformation, jax.random.key(seed))
     start = int(state.step)
-    summary = folder / 'report' / 'summary.json'
-    if start >= steps and summary.exists() and (done := json.loads(summary.read_text()))['steps'] == start:
+    if start >= steps and (done := report.finished(folder, start)):
       live.say(f'finished    {folder}: {start} of {steps} steps are done\n{report.closing(done, folder)}')
       return
 
@@ -110,7 +108,7 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
              'peak_flops': peak, 'peak_source': peak_source, 'flops_per_token': flops.exact,
              'flops_per_token_6nd': flops.six_nd, 'layout': sharding.told(protocol.boxed(model))}
     run.begin(manifest=facts, files={'config.gin': config.encode(), 'tokenizer.model': tokenizer.model},
-              need=trees.nbytes(shapes) * (keep + 1))
+              need=trees.nbytes(shapes) * (keep.most(steps) + 1))
     live.say(report.opening(facts, folder, start, steps))
 
     # What it does.

@@ -14,17 +14,16 @@ if __name__ == '__main__':  # before jax is imported, which reads its log level 
 
 import contextlib
 import functools
-import json
 
 import jax
 
-from lmlib import gin_text, sharding, trees
-from lmlib.eval import held_out_answers, tuning_report
+from lmlib import gin_text, processes, sharding, trees
+from lmlib.eval import held_out_answers, report, tuning_report
 from lmlib.interop import opened
 from lmlib.nn.adapters import Adapter
 from lmlib.plan import chips, cost
 from lmlib.post.sft import Tuning
-from lmlib.train import health, loop, losses, metrics, training
+from lmlib.train import health, keeping, loop, losses, metrics, training
 from lmlib.train.checkpoint import Checkpoints
 from lmlib.train.watch import Watch
 from lmlib.train.workdir import Workdir
@@ -33,7 +32,7 @@ from lmlib.train.workdir import Workdir
 def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdir: str, seed: int = 0, adapter=None,
          begin: str | None = None, four_bits: bool = False, model=None, loss=losses.NextToken(),
          length: int | None = None, microbatches: int = 1, exact: held_out_answers.Exact | None = None,
-         save_every: int = 100, keep: int = 2, watch=Watch()):
+         save_every: int = 100, keep: int | keeping.Keep = 2, watch=Watch()):
   """Trains what `adapter` says (nn/adapters.py; None: all weights) of the model at `source` on `data`.
 
   `data` are conversations, of which the answers are learned (data/conversations.py), or text (data/continuation.py).
@@ -55,7 +54,8 @@ def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdi
     model, tokenizer = model or begun.config, begun.tokenizer
     length = min(1024, model.length) if length is None else length
     loop.check(steps=steps, batch=batch, microbatches=microbatches, length=length, longest=model.length,
-               save_every=save_every, keep=keep, seed=seed)
+               save_every=save_every, seed=seed)
+    keep = keeping.checked(keep, (), save_every, None)
     if begin is not None and adapter is not None:
       raise ValueError(f'begin={begin!r} says which adapter it is: leave out adapter={adapter}')
     earlier = None if begin is None else opened.adapter_of(begin, model)
@@ -70,7 +70,8 @@ def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdi
     folder = run.path
 
     # What it reads.
-    material = data.opened(tokenizer, batch=batch, length=length, seed=seed, say=live.say)
+    with processes.in_turn('data'):
+      material = data.opened(tokenizer, batch=batch, length=length, seed=seed, say=live.say)
     run.check({'data': material.fingerprint})
 
     # What it starts from.
@@ -81,8 +82,7 @@ def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdi
     stack.enter_context(contextlib.closing(checkpoints))
     restored = checkpoints.restore(shapes)
     start = int(restored[0].step) if restored else 0
-    summary = folder / 'report' / 'summary.json'
-    if start >= steps and summary.exists() and (done := json.loads(summary.read_text()))['steps'] == start:
+    if start >= steps and (done := report.finished(folder, start)):
       live.say(f'finished    {folder}: {start} of {steps} steps are done\n'
                f'{tuning_report.closing(done, folder)}')
       return
@@ -95,7 +95,7 @@ def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdi
         'peak_source': peak_source, 'flops_per_token': flops.exact, 'flops_per_token_6nd': flops.six_nd}
     config = gin_text.gin_text('experiments.sft.main', given | {'model': model})
     run.begin(manifest=facts, files={'config.gin': config.encode(), 'tokenizer.model': tokenizer.model},
-              need=trees.nbytes(shapes) * (keep + 1))
+              need=trees.nbytes(shapes) * (keep.most(steps) + 1))
     live.say(tuning_report.opening(facts, folder, start, steps))
 
     # How good it is before.

@@ -32,7 +32,7 @@ SLURM = ('SLURM_STEP_NODELIST', 'SLURM_STEP_NUM_TASKS', 'SLURM_PROCID')
 GRACE = 1.0  # seconds that process 0 has to find the fault itself which another process found
 CAUSE = 15.0  # seconds to hear why a connection between devices broke
 # What jax says when another process is gone; the reason comes over the wire.
-CONSEQUENCES = ('gloo', 'connection', 'socket', 'heartbeat', 'coordination', 'unavailable', 'barrier', 'peer', 'aborted')
+CONSEQUENCES = ('gloo', 'connection', 'socket', 'heartbeat', 'coordination', 'unavailable', 'barrier', 'peer')
 
 _wire: wire.Wire | None = None
 
@@ -40,6 +40,10 @@ _wire: wire.Wire | None = None
 def first() -> bool:
   """Whether this is process 0, or the only one."""
   return _wire is None or _wire.process == 0
+
+
+def number() -> int:
+  return 0 if _wire is None else _wire.process
 
 
 def count() -> int:
@@ -114,7 +118,7 @@ def end():
     jax.distributed.shutdown()
 
 
-def begin(facts: Mapping[str, Any] = {}, environ: Mapping[str, str] = os.environ):  # noqa: B006, not changed
+def begin(facts: Mapping[str, Any] = {}, environ: Mapping[str, str] = os.environ):
   """Joins the other processes that the environment speaks of; returns at once if it speaks of none.
 
   facts: names and JSON values that must be the same in all, beside the code and the versions. ValueError, in one
@@ -144,10 +148,7 @@ def begin(facts: Mapping[str, Any] = {}, environ: Mapping[str, str] = os.environ
     start(coordinator_address=f'[{host}]:{port}' if ':' in host else f'{host}:{port}',
           num_processes=call.processes, process_id=call.process)
   _wire = wire.Wire(call.process, call.processes, lines, _ended)
-  if call.process:
-    sys.stdout = open(os.devnull, 'w')
-    with contextlib.suppress(OSError):  # what C++ prints
-      os.dup2(sys.stdout.fileno(), 1)
+  _speak(call.process == 0)
 
 
 def found(environ: Mapping[str, str], devices: str = '/sys/bus/pci/devices') -> wire.Call | str | None:
@@ -177,6 +178,7 @@ def first_host(nodes: str) -> str:
 
 
 def seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+  """A setting of the environment. ValueError if it is no number of at least 1."""
   try:
     value = float(environ.get(name) or default)
   except ValueError:
@@ -192,6 +194,18 @@ def code() -> str:
   for path in sorted([*root.rglob('*.py'), *(root.parent / 'experiments').glob('*.py')]):
     digest.update(f'{path.relative_to(root.parent)}\n'.encode() + path.read_bytes())
   return digest.hexdigest()[:12]
+
+
+def _speak(first: bool):
+  """Only Python speaks on stdout, and only in process 0; gloo would tell of every connection."""
+  silent = open(os.devnull, 'w')
+  if not first:
+    sys.stdout = silent
+  elif sys.stdout is sys.__stdout__:
+    sys.stdout.flush()
+    sys.stdout = open(os.dup(1), 'w', buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+  with contextlib.suppress(OSError):
+    os.dup2(silent.fileno(), 1)
 
 
 def _explicit(environ: Mapping[str, str], given: list[str]) -> wire.Call:

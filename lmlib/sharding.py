@@ -22,7 +22,7 @@ import math
 from flax import linen as nn
 from flax import struct
 import jax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -265,17 +265,45 @@ def placed(letters, shapes, what: str = 'weights'):
                       letters, shapes)
 
 
-def placer():
+def own_rows(batch: int) -> np.ndarray:
+  """The numbers of the rows of a batch that devices of this process hold by the layout in use, ascending."""
+  if not in_use():
+    return np.arange(batch)
+  mesh, layout = _current.get()
+  where = NamedSharding(mesh, spec('B', (batch,), mesh, layout.arrays))
+  return np.unique([np.arange(batch)[index] for index in where.addressable_devices_indices_map((batch,)).values()])
+
+
+def placer(batch: int | None = None):
   """A function that puts a batch, {'tokens_BT': array, ...}, where the layout in use wants it.
 
   The name of an array ends in its axes. Works in other threads, which do not see use(); outside use()
-  it puts everything on the first device.
+  it puts everything on the first device. batch: its rows; of several processes each gives those of own_rows(batch).
   """
   if not in_use():
     return jax.device_put
   mesh, layout = _current.get()
-  where = lambda name, x: NamedSharding(mesh, spec(name.rpartition('_')[2], x.shape, mesh, layout.arrays))
-  return lambda batch: jax.device_put(batch, {name: where(name, x) for name, x in batch.items()})
+  where = lambda name, shape: NamedSharding(mesh, spec(name.rpartition('_')[2], shape, mesh, layout.arrays))
+  if batch is None or jax.process_count() == 1:
+    return lambda whole: jax.device_put(whole, {name: where(name, x.shape) for name, x in whole.items()})
+  rows = own_rows(batch)
+
+  def placed(name, x):
+    here = lambda index: x[np.searchsorted(rows, np.arange(batch)[index[0]])][:, *index[1:]]
+    shape = (batch, *x.shape[1:])
+    return jax.make_array_from_callback(shape, where(name, shape), here)
+
+  return lambda part: {name: placed(name, x) for name, x in part.items()}
+
+
+def fetched(tree):
+  """The arrays of a tree on the host, each whole, wherever its parts are. All processes call it together."""
+
+  def whole(x):
+    far = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+    return multihost_utils.process_allgather(x, tiled=True) if far else x
+
+  return jax.device_get(jax.tree.map(whole, tree))
 
 
 def replicated() -> NamedSharding:

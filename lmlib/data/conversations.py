@@ -162,19 +162,19 @@ class Rows:
 
   def __init__(self, examples: Examples, batch: int, length: int, seed: int):
     """ValueError if an example does not fit a row. The last token of an example is a target alone."""
-    self._examples, self._batch, self._length, self._seed = examples, batch, length, seed
+    self._examples, self.batch, self._length, self._seed = examples, batch, length, seed
     size_N = np.diff(examples.offsets) - 1
     if (longest := int(size_N.max())) > length:
       raise ValueError(f'{examples.names[int(size_N.argmax())]}: {longest + 1} tokens do not fit a row of {length}')
     self._rows = packed(size_N, length, order.permute(np.arange(len(size_N)), len(size_N), seed=seed, epoch='rows'))
     self.rows_per_epoch = len(self._rows)
 
-  def batch_at(self, step: int) -> dict[str, np.ndarray]:
+  def batch_at(self, step: int, rows: slice | np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The batch of a step, as packing.Batches.batch_at has it; weight_BT is 1 where the target is of an answer."""
-    B, T = self._batch, self._length
+    numbers = self._numbers(step)[slice(None) if rows is None else rows]
+    B, T = len(numbers), self._length
     batch = {name: np.zeros((B, T), np.int32) for name in ('tokens_BT', 'targets_BT', 'segments_BT', 'positions_BT')}
     batch['weight_BT'] = np.zeros((B, T), np.float32)
-    numbers = self._numbers(step)
     for b, number in enumerate(numbers.tolist()):
       at = 0
       for segment, i in enumerate(self._rows[number % self.rows_per_epoch], 1):
@@ -194,7 +194,7 @@ class Rows:
 
   def _numbers(self, step: int) -> np.ndarray:
     """Of each row of a step, epoch * rows + its place in the packing."""
-    visit_B, n = step * self._batch + np.arange(self._batch, dtype=np.int64), self.rows_per_epoch
+    visit_B, n = step * self.batch + np.arange(self.batch, dtype=np.int64), self.rows_per_epoch
     number_B = np.empty_like(visit_B)
     for epoch in np.unique(visit_B // n).tolist():
       here = visit_B // n == epoch

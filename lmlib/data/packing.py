@@ -103,7 +103,7 @@ class Batches:
     """Tokens of an epoch of every store that no row shows."""
     return sum(rows.left_out for rows in self._rows)
 
-  def batch_at(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+  def batch_at(self, step: int, rows: slice | np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The batch of a step, or those of its rows that a process asks for.
 
     tokens_BT int32; targets_BT int32, the token after each (or what the objective asks for); segments_BT

@@ -8,6 +8,7 @@ import pathlib
 import time
 from typing import Protocol
 
+from lmlib import processes
 from lmlib.data.tokenizer import Tokenizer
 from lmlib.eval.candidate import Candidate
 from lmlib.eval.scoreboard import Result
@@ -24,6 +25,14 @@ class Evaluation(Protocol):
 
   def run(self, candidate: Candidate) -> list[Result]:
     """What the candidate reaches."""
+
+
+def check_during(evaluations: Sequence[Evaluation], every: int | None):
+  """check(), of a run that may have none. ValueError if it has some and not a number of steps, or the reverse."""
+  if bool(evaluations) != (every is not None):
+    raise ValueError(f'evaluate_every={every} and {len(evaluations)} evaluations: both or neither')
+  if evaluations:
+    check(evaluations)
 
 
 def check(evaluations: Sequence[Evaluation]):
@@ -67,17 +76,20 @@ def during(evaluations: Sequence[Evaluation], config: protocol.Config, tokenizer
   names = sorted(one.name for one in evaluations)
 
   def evaluate(params, step: int) -> dict[str, float]:
-    for line in metrics.read(path):
-      if line['step'] == step and line['evaluations'] == names:
-        return line['scores']
+    known = lambda: next((line['scores'] for line in metrics.read(path)
+                          if line['step'] == step and line['evaluations'] == names), None)
+    if (scores := processes.told('evaluations.jsonl', known)) is not None:
+      return scores
     start = time.perf_counter()
     candidate = Candidate(f'step {step}', config, params, tokenizer)
     scores = {}
     for one in evaluations:
       scores |= {'/'.join(dict.fromkeys([one.name, result.task, result.metric])): result.score
                  for result in one.run(candidate)}
+    scores = processes.told('scores', lambda: scores)
     line = {'step': step, 'evaluations': names, 'scores': scores, 'seconds': time.perf_counter() - start}
-    metrics.append(path, line)
+    if processes.first():
+      metrics.append(path, line)
     say(f'step {step}  ' + '  '.join(f'{name} {score:.4g}' for name, score in scores.items()) +
         f'  ({line["seconds"]:.1f} s)')
     return scores

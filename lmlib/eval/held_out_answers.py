@@ -16,6 +16,7 @@ import re
 import jax
 import numpy as np
 
+from lmlib import processes, sharding
 from lmlib.data import chat
 from lmlib.data.tokenizer import Tokenizer
 from lmlib.models import protocol
@@ -83,10 +84,13 @@ def names(said: str, reference: str) -> bool:
 
 def kept(path: pathlib.Path, make: Callable[[], Score], say: Callable) -> Score:
   """The Score in a file; if there is none, what make() gives, which is then written there."""
-  if not path.exists():
+  known = processes.told(path.name, lambda: json.loads(path.read_text()) if path.exists() else None)
+  if known is None:
     say('scoring the held-out examples before tuning')
-    write(path, make())
-  return Score.from_json(json.loads(path.read_text()))
+    known = (made := make()).to_json()
+    if processes.first():
+      write(path, made)
+  return Score.from_json(known)
 
 
 def write(path: pathlib.Path, score: Score):
@@ -112,7 +116,7 @@ def nats(config: protocol.Config, params, examples: list[chat.Example], *, batch
       example, size = examples[i], len(examples[i]) - 1
       rows['tokens_BT'][b, :size], rows['targets_BT'][b, :size] = example.tokens_T[:-1], example.tokens_T[1:]
       rows['weight_BT'][b, :size], rows['segments_BT'][b, :size] = example.weight_T[1:] > 0, 1
-    out[here] = np.asarray(of_rows(params, rows))[:len(here)]
+    out[here] = sharding.fetched(of_rows(params, rows))[:len(here)]
   return out
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmlib import sharding
 from lmlib.data.tokenizer import Tokenizer
 from lmlib.kernels.cross_entropy import facts
 from lmlib.models import protocol
@@ -144,7 +145,8 @@ def _scored(config, params, rows: list[Request], batch: int):
   for i, row in enumerate(rows):
     targets_RT[i, :len(row.continuation)], context_R[i] = row.continuation, number[row.context]
   logp_R, greedy_R = _likelihoods(config, params, tokens_GT, lengths_G, context_R, targets_RT)
-  return np.asarray(logp_R)[:len(rows)], np.asarray(greedy_R)[:len(rows)]
+  logp_R, greedy_R = sharding.fetched((logp_R, greedy_R))
+  return logp_R[:len(rows)], greedy_R[:len(rows)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

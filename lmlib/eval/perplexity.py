@@ -14,6 +14,7 @@ import math
 import jax
 import numpy as np
 
+from lmlib import sharding
 from lmlib.data.store import Store
 from lmlib.eval import loglikelihood
 from lmlib.eval.significance import Interval, interval
@@ -72,7 +73,8 @@ def each(config: protocol.Config, params, documents, *, length: int, stride: int
   first = 0  # the number of the document that waits longest
 
   def scored(some):
-    for (i, *_), nats in zip(some, np.asarray(_nats(config, params, _batch([row[1:] for row in some], batch, length)))):
+    nats_B = sharding.fetched(_nats(config, params, _batch([row[1:] for row in some], batch, length)))
+    for (i, *_), nats in zip(some, nats_B):
       waiting[i - first][0] += float(nats)
       waiting[i - first][1] -= 1
 

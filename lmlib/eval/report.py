@@ -4,6 +4,7 @@ import os
 import pathlib
 import statistics
 
+from lmlib import processes
 from lmlib.eval import held_out
 from lmlib.eval.perplexity import Score
 from lmlib.train import goodput, metrics
@@ -33,7 +34,12 @@ def write(folder: pathlib.Path, *, score: Score | held_out.Score, others: dict[s
   """Writes report/ (loss.png, time.png, samples.txt, summary.json); returns the figures of the summary.
 
   others: bits per byte of compressors; samples: pairs of a prompt and what follows; both empty of what writes no text.
+  Of several processes the first one writes.
   """
+  return processes.told('report', lambda: _written(folder, score, others, samples, facts))
+
+
+def _written(folder: pathlib.Path, score, others: dict, samples, facts: dict) -> dict:
   out = folder / 'report'
   out.mkdir(exist_ok=True)
   lines = metrics.read(folder / 'metrics.jsonl')
@@ -47,6 +53,13 @@ def write(folder: pathlib.Path, *, score: Score | held_out.Score, others: dict[s
   time_bar(summary['seconds_by_cause'], out / 'time.png', title=folder.name)
   write_summary(out, summary)
   return summary
+
+
+def finished(folder: pathlib.Path, step: int) -> dict | None:
+  """The summary in report/ of a run that has ended at this step; None if there is none."""
+  path = folder / 'report' / 'summary.json'
+  found = processes.told('summary.json', lambda: json.loads(path.read_text()) if path.exists() else None)
+  return found if found and found['steps'] == step else None
 
 
 def spent(lines: list[dict]) -> dict:

@@ -1,6 +1,7 @@
 """What a run of fine-tuning says of itself: before and after side by side; report/ as report.py has it."""
 import pathlib
 
+from lmlib import processes
 from lmlib.eval import held_out_answers, report
 from lmlib.train import goodput, metrics
 
@@ -25,7 +26,14 @@ def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
 
 def write(folder: pathlib.Path, *, before: held_out_answers.Score, after: held_out_answers.Score, questions, tokenizer,
           facts: dict) -> dict:
-  """Writes report/ (loss.png, time.png, samples.txt, summary.json); returns the figures of the summary."""
+  """Writes report/ (loss.png, time.png, samples.txt, summary.json); returns the figures of the summary.
+
+  Of several processes the first one writes.
+  """
+  return processes.told('report', lambda: _written(folder, before, after, questions, tokenizer, facts))
+
+
+def _written(folder: pathlib.Path, before, after, questions, tokenizer, facts: dict) -> dict:
   out = folder / 'report'
   out.mkdir(exist_ok=True)
   lines = metrics.read(folder / 'metrics.jsonl')

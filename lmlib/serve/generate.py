@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmlib import sharding
 from lmlib.models import protocol
 from lmlib.serve import sampling, speculative
 from lmlib.serve.prompts import check, last, padded, read, scored
@@ -88,7 +89,7 @@ def followed(begun, more, rows: list[Sampling], eos: int | None, tokenizer) -> I
   found = [Continuation(text=None if tokenizer is None else '') for _ in rows]
   state, out = begun
   while True:
-    found = _take(found, jax.device_get(out), rows, eos, tokenizer)
+    found = _take(found, sharding.fetched(out), rows, eos, tokenizer)
     yield found
     if all(row.ended for row in found):
       return

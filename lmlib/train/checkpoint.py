@@ -10,28 +10,31 @@ _CHECKPOINT_METADATA as JSON under 'custom_metadata' the step, the caller's `met
 type and checksum of every array.
 """
 import contextlib
+import faulthandler
 import functools
 import json
 import logging
 import sys
+import threading
 import warnings
 import zlib
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from lmlib import trees
+from lmlib import processes, trees
+from lmlib.train import keeping
+from lmlib.train.keeping import Keep
 
 RECORD = '_CHECKPOINT_METADATA'  # orbax's file; it holds our record as custom_metadata
 PARTIAL = '.orbax-checkpoint-tmp'  # orbax's suffix of a checkpoint that is being written
 GOING = '.removed'  # ours of one that is being deleted
 DAMAGED = '.damaged'
+SCORES = 'scores.json'  # of the steps that evaluations have seen
 # What says that reading failed, not that the data are bad: nothing is set aside for these.
 PASSING = ('PERMISSION_DENIED', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'UNAUTHENTICATED')
 
@@ -43,16 +46,15 @@ class Damaged(Exception):  # noqa: N818, a state of the disk and no fault of the
 class Checkpoints:
   """The checkpoints of one run, and the only writer of their folder.
 
-  `keep` complete ones stay, and an older one goes only when a newer one is complete; `say` gets a
-  line for everything that is removed or set aside on restoring. All processes call every method.
+  Of complete ones those stay that `keep` says, a number being that of the newest; `say` gets a line for
+  everything that is removed or set aside on restoring, and for a write that takes long. All processes call
+  every method.
   """
 
-  def __init__(self, directory, *, keep: int = 2, say=print):
-    if not isinstance(keep, int) or keep < 1:
-      raise ValueError(f'keep={keep!r} must be a positive number of checkpoints')
+  def __init__(self, directory, *, keep: int | Keep = 2, say=print):
     self._directory = epath.Path(directory).expanduser().resolve()
-    self._keep, self._say = keep, say
-    self._writing = None  # the step that is being written behind our back
+    self._keep, self._say = keeping.of(keep), say
+    self._writing, self._watch = None, None  # the step that is being written behind our back, and who looks after it
     _hush()
     self._directory.mkdir(parents=True, exist_ok=True)
     # Weights hardly compress (8% with zstd), and the cores that would try are training.
@@ -72,13 +74,16 @@ class Checkpoints:
     """
     self.wait()
     path = self._directory / str(step)
-    if path.exists():
+    if processes.first() and path.exists():
       raise ValueError(f'a checkpoint of step {step} exists already: {path}')
     arrays, sums = _apart(state)
     described = {name: {'shape': list(x.shape), 'dtype': str(x.dtype), 'checksum': int(sums[name])}
                  for name, x in arrays.items()}
     record = {'step': int(step), 'meta': plain(meta or {}), 'arrays': described}
     self._writing = step
+    self._watch = threading.Timer(self._keep.slow, self._slow, [step])
+    self._watch.daemon = True
+    self._watch.start()
     try:
       self._writer.save(path, args=ocp.args.PyTreeSave(_nested(arrays)), custom_metadata=sealed(record))
     except Exception as error:
@@ -95,10 +100,42 @@ class Checkpoints:
     except Exception as error:
       raise self._failure(error) from error
     if self._writing is not None:
+      self._watch.cancel()
       self._writing = None
-      for step in self.steps()[:-self._keep]:
-        self._remove(self._directory / str(step))
-      _together('only the newest are left')
+      if processes.first():
+        for step in self._keep.going(self.steps(), self._scores()):
+          self._remove(self._directory / str(step))
+      processes.gathered('saved')
+
+  def scored(self, step: int, scores: dict[str, float]):
+    """Notes what evaluations found at a step, where a rule goes by it. OSError if it cannot be written."""
+    if self._keep.best is None:
+      return
+    if self._keep.best not in scores:
+      raise ValueError(f'Keep.best={self._keep.best!r} is none of the scores of the evaluations: '
+                       f'{", ".join(sorted(scores))}')
+    if processes.first():
+      fresh = self._directory / f'{SCORES}.tmp'
+      fresh.write_text(json.dumps(self._scores() | {step: scores[self._keep.best]}))
+      fresh.rename(self._directory / SCORES)
+
+  def _scores(self) -> dict[int, float]:
+    path = self._directory / SCORES
+    if self._keep.best is None or not path.exists():
+      return {}
+    return {int(step): score for step, score in json.loads(path.read_text()).items()}
+
+  def _slow(self, step: int):
+    """Says that a write takes long; the run goes on."""
+    path = self._directory / f'{step}.slow.{processes.number()}.txt'
+    try:
+      with open(path, 'w') as file:
+        faulthandler.dump_traceback(file)
+      where = f'what all threads do is in {path}'
+    except OSError as error:
+      where = f'{path} cannot be written either: {error.strerror}'
+    self._say(f'checkpoint of step {step} is being written for {self._keep.slow:g} s now and is not done; the run goes '
+              f'on; {where}')
 
   def close(self):
     """Waits, raising what wait() raises, and ends the threads that write."""
@@ -118,14 +155,14 @@ class Checkpoints:
     to <step>.damaged, and both are said.
     """
     self.wait()
-    self._sweep()
-    for step in [step for step in reversed(self.steps()) if newest is None or step <= newest]:
+    steps = processes.told('checkpoints', self._sweep)
+    for step in [step for step in reversed(steps) if newest is None or step <= newest]:
       path = self._directory / str(step)
       try:
         return _read(path, abstract_state)
       except Damaged as error:
-        aside = self._set_aside(path)
-        older = max((other for other in self.steps() if other < step), default=None)
+        aside = processes.told('set aside', lambda: str(self._set_aside(path)))  # noqa: B023, called here
+        older = max((other for other in steps if other < step), default=None)
         self._say(f'checkpoint of step {step} is damaged ({error}): set aside as {aside}; '
                   + ('there is no older one' if older is None else f'trying that of step {older}'))
     if aside := sorted(p.name for p in self._directory.iterdir() if DAMAGED in p.name):
@@ -135,34 +172,34 @@ class Checkpoints:
   def forget(self, after: int):
     """Removes the checkpoints of later steps: the run has gone back, and will come by there another way."""
     self.wait()
-    for step in self.steps():
-      if step > after:
-        self._remove(self._directory / str(step))
-    _together('later ones are gone')
+    if processes.first():
+      for step in self.steps():
+        if step > after:
+          self._remove(self._directory / str(step))
+    processes.gathered('later ones are gone')
 
   def _failure(self, error: Exception) -> OSError:
     step, self._writing = self._writing, None
+    self._watch.cancel()
     path, last = self._directory / str(step), self.latest()
-    if jax.process_index() == 0:
+    if processes.first():
       self._discard(self._directory / f'{step}{PARTIAL}')
     return OSError(f'checkpoint of step {step} could not be written to {path}: {reason(error)}; '
                    + ('there is no earlier one' if last is None else f'the last good one is of step {last}'))
 
-  def _sweep(self):
-    """Removes what an interrupted save or an interrupted removal left."""
-    if jax.process_index() == 0:
-      for path in sorted(self._directory.iterdir()):
-        if path.name.endswith(GOING):
-          self._discard(path)
-        elif PARTIAL in path.name:
-          self._discard(path)
-          self._say(f'removed {path}: a checkpoint whose writing was interrupted')
-    _together('swept')
+  def _sweep(self) -> list[int]:
+    """Removes what an interrupted save or an interrupted removal left; the steps that are there."""
+    for path in sorted(self._directory.iterdir()):
+      if path.name.endswith(GOING):
+        self._discard(path)
+      elif PARTIAL in path.name:
+        self._discard(path)
+        self._say(f'removed {path}: a checkpoint whose writing was interrupted')
+    return self.steps()
 
   def _remove(self, path):
     # Renamed first: a removal cut short must not look like a damaged checkpoint.
-    if jax.process_index() == 0:
-      self._discard(path.rename(f'{path}{GOING}'))
+    self._discard(path.rename(f'{path}{GOING}'))
 
   def _discard(self, path):
     try:
@@ -174,10 +211,7 @@ class Checkpoints:
     aside, more = epath.Path(f'{path}{DAMAGED}'), 1
     while aside.exists():
       aside, more = epath.Path(f'{path}{DAMAGED}.{more}'), more + 1
-    _together('set aside')  # all have chosen the name
-    if jax.process_index() == 0:
-      path.rename(aside)
-    _together('is aside')
+    path.rename(aside)
     return aside
 
 
@@ -432,14 +466,7 @@ def _agreed(read):
     value, error = read(), None
   except Damaged as damage:
     value, error = None, damage
-  if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(error is not None)).any():
-    raise error or Damaged('another process cannot read it')
-  if error:
-    raise error
+  for number, found in enumerate(processes.gathered('read', error and str(error))):
+    if found is not None:
+      raise error or Damaged(f'process {number}: {found}')
   return value
-
-
-def _together(point: str):
-  """All processes pass here together."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'checkpoints {point}')

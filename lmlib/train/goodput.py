@@ -10,6 +10,7 @@ import json
 import pathlib
 import time
 
+from lmlib import processes
 from lmlib.train import metrics
 
 CAUSES = {
@@ -19,7 +20,7 @@ CAUSES = {
 
 
 class Ledger:
-  """The time.jsonl of a WORKDIR."""
+  """The time.jsonl of a WORKDIR; of several processes the first one writes it."""
 
   def __init__(self, workdir: pathlib.Path, *, now: Callable[[], float] = time.time):
     self._workdir, self._path, self.now = workdir, workdir / 'time.jsonl', now
@@ -28,18 +29,22 @@ class Ledger:
 
   def begin(self, since: float):
     """A session has begun at `since`; the time since the one before was idle."""
+    self.began = since
+    if not processes.first():
+      return
     lines = metrics.read(self._path)
     if lines:
       steps = self._workdir / 'metrics.jsonl'
       last = max([lines[-1]['at'], *([steps.stat().st_mtime] if steps.exists() else [])])
       metrics.append(self._path, {'at': since, 'cause': 'idle', 'seconds': max(0.0, since - last)})
     metrics.append(self._path, {'at': since, 'cause': 'begun', 'seconds': 0.0})
-    self.began = since
 
   def add(self, cause: str, seconds: float):
     """Time that went by until now."""
     assert cause in CAUSES, cause
     self.spent[cause] += seconds
+    if not processes.first():
+      return
     with self._path.open('a') as file:
       file.write(json.dumps({'at': self.now(), 'cause': cause, 'seconds': seconds}) + '\n')
 

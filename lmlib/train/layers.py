@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmlib import trees
+from lmlib import sharding, trees
 from lmlib.optim.kinds import descended
 from lmlib.train import step as step_of
 
@@ -45,7 +45,7 @@ def norms(tree) -> dict[str, jax.Array]:
 
 def plain(found) -> dict:
   """What compiled() gives, as numbers of Python."""
-  return jax.tree.map(float, jax.device_get(found))
+  return jax.tree.map(float, sharding.fetched(found))
 
 
 def by_layer(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

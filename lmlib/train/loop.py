@@ -2,16 +2,14 @@
 import contextlib
 import time
 
-import jax
-
-from lmlib import sharding
+from lmlib import processes, sharding
 from lmlib.train import health
 
 
 def check(*, longest: int, seed: int, **counts: int):
   """Raises ValueError if the numbers of a run do not fit each other or the layout in use.
 
-  longest: the model's length; counts: steps, batch, microbatches, length, save_every, keep.
+  longest: the model's length; counts: steps, batch, microbatches, length, save_every.
   """
   for name, value in counts.items():
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -45,7 +43,8 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
   due = lambda number: evaluate is not None and number and (number % evaluate_every == 0 or number == steps)
   at_once = health.stopping('stopped at once; run the same command to go on from the last checkpoint')
   with at_once, health.Signals(say) as signals, contextlib.closing(record):
-    number = saved = int(state.step)
+    number, stopped = int(state.step), None
+    saved = number
     if due(number):  # a run that was stopped here had no time for it
       books.evaluate(number, state, evaluate)
     for index, batch, waited in loader:
@@ -55,10 +54,11 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
       books.settle(state, done)
       number = index + 1
       books.pending = (number, values, waited, done)
-      if signals.received or number == steps or number % save_every == 0:
+      stopped = processes.stop(signals.received)
+      if stopped or number == steps or number % save_every == 0:
         books.save(number, state)
         saved = number
-      if signals.received:
+      if stopped:
         break
       if due(number):
         books.evaluate(number, state, evaluate)
@@ -67,8 +67,8 @@ def train(state, step, *, steps: int, loader, record, checkpoints, save_every: i
       books.save(number, state)
     with watching.during('saving', number):
       checkpoints.wait()
-    if signals.received:
-      raise health.Stopped(f'stopped by {signals.received} after step {number} of {steps}, saved; '
+    if stopped := stopped or next(filter(None, processes.gathered('end of the loop', signals.received)), None):
+      raise health.Stopped(f'stopped by {stopped} after step {number} of {steps}, saved; '
                            'run the same command to go on')
   return state
 
@@ -85,7 +85,7 @@ class _Books:
     """Reads the metrics of the step before; state: that of now; ahead: when the step after it was done, if it is."""
     if self.pending is not None:
       number, values, waited, done = self.pending
-      values = {name: value if value.ndim else float(value) for name, value in jax.device_get(values).items()}
+      values = {name: value if value.ndim else float(value) for name, value in sharding.fetched(values).items()}
       # Done when it was sent, or seen done along with the next one: half of the time each; or just now.
       before, self._last = self._last, done or (ahead and (self._last + ahead) / 2) or time.perf_counter()
       values |= {'waited': waited, 'saving': self._saving} | self._beside(number - 1)
@@ -104,5 +104,7 @@ class _Books:
   def evaluate(self, number: int, state, evaluate):
     self.settle(state)
     with self._watching.during('evaluating', number):
-      self._record.evaluated(number, evaluate(state.params, number))
+      scores = evaluate(state.params, number)
+    self._record.evaluated(number, scores)
+    self._checkpoints.scored(number, scores)
     self._last = time.perf_counter()

@@ -11,6 +11,7 @@ import time
 
 import jax
 
+from lmlib import processes
 from lmlib.terminal import Terminal, clock
 
 BEFORE = 4096  # lines of a record that was begun before which are kept in memory
@@ -21,6 +22,7 @@ class Record:
 
   Opened at step `start` it drops what an interrupted run wrote after that step: every step
   stands in the file once. All methods raise OSError, naming the file, if it cannot be written.
+  Of several processes the first one writes.
   """
 
   def __init__(self, workdir: pathlib.Path, *, start: int, steps: int, flops, peak: float | None,
@@ -28,13 +30,17 @@ class Record:
     """flops: plan.cost.Flops of a token; peak: FLOP/s of all devices, None if not known."""
     self.path = workdir / 'metrics.jsonl'
     self._steps, self._flops, self._peak, self._live = steps, flops, peak, live
-    with _naming(self.path):
-      kept, self.dropped = truncated(self.path, start)  # dropped: lines of steps that were lost
-      self._file = self.path.open('ab', buffering=0)  # a line is on disk, or it is an error here
-    self._seen = kept[-1]['tokens'] if kept else 0
-    self.before = kept[-BEFORE:]  # the last lines up to `start`
-    self._board = Board(workdir / 'tensorboard', start)
     self._recent: list[float] = []
+    # before: the last lines up to `start`; dropped: those of steps that were lost
+    self.before, self.dropped = processes.told('metrics.jsonl', lambda: self._open(workdir, start))
+    self._seen = self.before[-1]['tokens'] if self.before else 0
+
+  def _open(self, workdir: pathlib.Path, start: int) -> tuple[list[dict], list[dict]]:
+    with _naming(self.path):
+      kept, dropped = truncated(self.path, start)
+      self._file = self.path.open('ab', buffering=0)  # a line is on disk, or it is an error here
+    self._board = Board(workdir / 'tensorboard', start)
+    return kept[-BEFORE:], dropped
 
   def write(self, step: int, metrics: dict, *, seconds: float) -> dict:
     """Writes the line of a step, and returns it.
@@ -52,6 +58,8 @@ class Record:
     if self._peak:
       line['mfu'] = self._flops.exact * tokens / seconds / self._peak
       line['mfu_6nd'] = self._flops.six_nd * tokens / seconds / self._peak
+    if not processes.first():
+      return line
     # JSON knows no NaN: what was not finite is null.
     text = json.dumps(finite(line)) + '\n'
     with _naming(self.path):
@@ -65,18 +73,22 @@ class Record:
 
   def evaluated(self, step: int, scores: dict[str, float]):
     """Scores of evaluations after a step, for TensorBoard; they keep a file of their own."""
-    self._board.write(step, finite(scores))
+    if processes.first():
+      self._board.write(step, finite(scores))
 
   def flush(self):
     """Everything written so far survives a loss of power."""
+    if not processes.first():
+      return
     self._board.flush()
     with _naming(self.path):
       os.fsync(self._file.fileno())
 
   def close(self):
     self._live.end()
-    self._file.close()
-    self._board.close()
+    if processes.first():
+      self._file.close()
+      self._board.close()
 
 
 class Board:

@@ -16,6 +16,7 @@ import pathlib
 
 import numpy as np
 
+from lmlib import processes
 from lmlib.train import metrics
 from lmlib.train.health import RunFault
 
@@ -163,17 +164,23 @@ class Events:
 
   def order(self) -> Order:
     """The order of batches, by what was decided so far."""
-    return Order().without(index for event in self.read() for index in event['left_out'])
+    return Order().without(processes.told('left out', lambda: [
+        index for event in self.read() for index in event['left_out']]))
 
   def rollbacks(self) -> int:
     """How often the run has gone back."""
-    return max((event['rollback'] or 0 for event in self.read()), default=0)
+    return processes.told('rollbacks', lambda: max((event['rollback'] or 0 for event in self.read()), default=0))
 
   def write(self, event: dict) -> pathlib.Path:
-    """event: step, batch (its index), why, left_out, rollback (its number; None where the run went on) and more."""
-    self.folder.mkdir(exist_ok=True)
+    """event: step, batch (its index), why, left_out, rollback (its number; None where the run went on) and more.
+
+    Of several processes the first one writes.
+    """
     skipped = '_skipped' if event['rollback'] is None else ''
     path = self.folder / f'{event["step"]}_{event["batch"]}{skipped}.json'
+    if not processes.first():
+      return path
+    self.folder.mkdir(exist_ok=True)
     fresh = path.with_suffix('.tmp')
     with fresh.open('w') as file:
       file.write(json.dumps(metrics.finite(event), indent=1) + '\n')

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import optax
 
-from lmlib import sharding
+from lmlib import processes, sharding
 from lmlib.data.loader import Loader
 from lmlib.kernels import choice
 from lmlib.train import goodput, health, layers, loop, memory, metrics
@@ -29,18 +29,26 @@ class Course:
   loss: step_of.Loss
   optimizer: optax.GradientTransformation
   shapes: step_of.State
-  batches: Any  # has batch_at(index) and describe(index)
+  batches: Any  # has batch, the rows of one, batch_at(index, rows) and describe(index)
   rate: Callable[[int], float]  # of a step, counted from 0
   microbatches: int = 1
   frozen: tuple = ()  # what a step is given after its batch
 
   @functools.cached_property
   def place(self):
-    return sharding.placer()
+    return sharding.placer(self.batches.batch)
+
+  @functools.cached_property
+  def rows(self):
+    return sharding.own_rows(self.batches.batch)
+
+  def part(self, index: int) -> dict[str, np.ndarray]:
+    """The rows of a batch that this process is to place."""
+    return self.batches.batch_at(index, self.rows)
 
   def batch(self, index: int):
     """A batch, where the layout in use wants it."""
-    return self.place(self.batches.batch_at(index))
+    return self.place(self.part(index))
 
   @functools.cached_property
   def program(self):
@@ -78,7 +86,7 @@ def train(course: Course, state, *, folder: pathlib.Path, steps: int, checkpoint
     with choice.saying(say):
       program = course.program  # before the first step is timed
     say(f'memory      a device: {memory.said(memory.by_kind(course.shapes, course.frozen, program))}')
-    if watch.spikes and not checkpoints.steps():
+    if watch.spikes and not processes.told('checkpoints', checkpoints.steps):
       checkpoints.save(int(state.step), state)  # there is always one to go back to
     ledger.add('starting', ledger.now() - ledger.began)
     while True:
@@ -99,7 +107,8 @@ def train(course: Course, state, *, folder: pathlib.Path, steps: int, checkpoint
       del state  # its memory was given to the steps
       with ledger.during(cause):
         state = back(course, found, watch.spikes, events=events, order=order, checkpoints=checkpoints, say=say)
-        metrics.truncated(folder / 'evaluations.jsonl', int(state.step))
+        if processes.first():
+          metrics.truncated(folder / 'evaluations.jsonl', int(state.step))
 
 
 def back(course: Course, spike: Spike, spikes: Spikes, *, events: Events, order: Order, checkpoints: Checkpoints, say):
@@ -111,7 +120,7 @@ def back(course: Course, spike: Spike, spikes: Spikes, *, events: Events, order:
     raise health.RunFault(f'{spike}; the run has gone back {used} times, and Spikes.rollbacks={spikes.rollbacks} '
                           f'allows no more; {events.folder} tells of each')
   checkpoints.wait()  # for one that is being written
-  there = checkpoints.steps()
+  there = processes.told('checkpoints', checkpoints.steps)
   newest = max((step for step in there if step < spike.first), default=min(there))
   state, begin, _ = checkpoints.restore(course.shapes, newest=newest)
   first, at = max(spike.first, begin + 1), max(spike.step, begin + 1)
@@ -136,7 +145,7 @@ def back(course: Course, spike: Spike, spikes: Spikes, *, events: Events, order:
 
 def _read(course: Course, order: Order, sums: dict, position: int):
   """The batch of a position of the order; a checksum of its first row, which tells data apart, goes to `sums`."""
-  batch = course.batches.batch_at(order.index(position))
+  batch = course.part(order.index(position))
   crc = 0
   for name in sorted(batch):
     crc = zlib.crc32(np.ascontiguousarray(batch[name][0]).tobytes(), crc)

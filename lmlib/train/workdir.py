@@ -6,14 +6,18 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
 import time
 
+from lmlib import processes
 from lmlib.train.goodput import Ledger
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore', 'numpy', 'sentencepiece')
+
+SEEN = 100  # tenths of a second until all processes must see what one has written
 
 # May differ when a run goes on: how it computes, not what.
 FREE = frozenset(('scan', 'remat', 'dtype'))
@@ -23,12 +27,16 @@ class Workdir:
   """Takes the folder of a run, made if need be; a context manager that gives it back.
 
   Before any work: take it and check() what is known; begin() writes. A folder in which nothing has
-  begun is removed again. Raises ValueError if the folder cannot be used or another process has it.
+  begun is removed again. Raises ValueError if the folder cannot be used or another run has it.
+  Of several processes the first takes, checks and writes; the others see that it is the same folder.
   """
 
   def __init__(self, path: str):
     self.path = pathlib.Path(path).expanduser()
-    self._identity, self._began = {}, time.time()
+    self._identity, self._began, self._lock = {}, time.time(), None
+    if not processes.first():
+      self._same()
+      return
     if '://' in str(path):
       raise ValueError(f'WORKDIR {path!r} is a URL; give a folder of this machine')
     if self.path.exists() and not self.path.is_dir():
@@ -41,6 +49,25 @@ class Workdir:
                        'WORKDIR') from None
     except OSError as error:
       raise ValueError(f'WORKDIR {path!r} cannot be written: {error.strerror}') from None
+    self._same()
+
+  def _same(self):
+    """ValueError unless this process sees the folder of process 0."""
+    if processes.count() == 1:
+      return
+    token = processes.told('WORKDIR', lambda: self._token(secrets.token_hex(8)))
+    for _ in range(SEEN):
+      if (self.path / 'lock').is_file() and (self.path / 'lock').read_text() == token:
+        return
+      time.sleep(0.1)
+    raise ValueError(f'WORKDIR {str(self.path)!r} is another folder here than for process 0: it must lie on storage '
+                     'that all processes share')
+
+  def _token(self, token: str) -> str:
+    self._lock.truncate(0)
+    self._lock.write(token)
+    self._lock.flush()
+    return token
 
   def check(self, identity: dict):
     """Raises ValueError if a run with other settings lives here.
@@ -49,6 +76,10 @@ class Workdir:
     name is not compared yet.
     """
     self._identity |= (now := json.loads(json.dumps(flat(identity))))
+    for name, value in now.items():
+      processes.same(name, value)
+    if not processes.first():
+      return
     manifest = self.path / 'manifest.json'
     if not manifest.exists():
       return
@@ -71,6 +102,10 @@ class Workdir:
     need: bytes that all checkpoints will take. Raises ValueError if the disk has not that much beside
     those that are there, OSError if it cannot be written.
     """
+    if processes.first():
+      self._begin(manifest, files, need)
+
+  def _begin(self, manifest: dict, files: dict[str, bytes], need: int):
     whole = [path for path in (self.path / 'checkpoints').glob('*') if path.name.isdecimal()]
     need -= sum(file.stat().st_size for path in whole for file in path.rglob('*'))
     free = shutil.disk_usage(self.path).free
@@ -87,6 +122,8 @@ class Workdir:
     return self
 
   def __exit__(self, *_):
+    if self._lock is None:
+      return
     if not (self.path / 'manifest.json').exists():
       try:
         (self.path / 'lock').unlink()

@@ -29,18 +29,22 @@ class Rows:
   def __init__(self, poisoned=(), broken=(), gone=()):
     self.poisoned, self.broken, self.gone, self.asked = poisoned, broken, gone, []
 
-  def batch_at(self, index: int) -> dict:
+  batch = 8
+
+  def batch_at(self, index: int, rows) -> dict:
     for gone in sorted(self.gone):  # as if there had never been such a batch
       index += index >= gone
     self.asked.append(index)
     draw = np.random.default_rng(index)
-    rows = (np.arange(9) + np.append(index, draw.integers(24, size=7))[:, None]) % 24
+    numbers = (np.arange(9) + np.append(index, draw.integers(24, size=7))[:, None]) % 24
     if index in self.poisoned:
-      rows = draw.integers(32, BROKEN, size=(8, 9))
+      numbers = draw.integers(32, BROKEN, size=(8, 9))
     if index in self.broken:
-      rows[0, 0] = BROKEN
-    return {'tokens_BT': rows[:, :-1].astype(np.int32), 'targets_BT': rows[:, 1:].astype(np.int32),
-            'segments_BT': np.ones((8, 8), np.int32), 'weight_BT': np.ones((8, 8), np.float32)}
+      numbers[0, 0] = BROKEN
+    tokens_BT = numbers[rows]
+    return {'tokens_BT': tokens_BT[:, :-1].astype(np.int32), 'targets_BT': tokens_BT[:, 1:].astype(np.int32),
+            'segments_BT': np.ones((len(tokens_BT), 8), np.int32),
+            'weight_BT': np.ones((len(tokens_BT), 8), np.float32)}
 
   def describe(self, index: int) -> list[str]:
     return [f'rows of {index}']

@@ -11,8 +11,7 @@ import pytest
 from lmlib import sharding
 from lmlib.train import health, loop, spikes
 
-GOOD = {'steps': 10, 'batch': 8, 'microbatches': 1, 'length': 16, 'longest': 16, 'save_every': 3, 'keep': 2,
-        'seed': 0}
+GOOD = {'steps': 10, 'batch': 8, 'microbatches': 1, 'length': 16, 'longest': 16, 'save_every': 3, 'seed': 0}
 
 
 class Value:
@@ -68,6 +67,9 @@ class Run:
 
   def wait(self):
     self.log.append('wait')
+
+  def scored(self, step, scores):
+    self.log.append(f'noted {step}')
 
   def evaluated(self, step, scores):
     self.log.append(f'scores {step} {scores}')
@@ -169,7 +171,7 @@ def test_the_count_of_steps_in_a_row_goes_on_over_a_resumption():
 
 
 @pytest.mark.parametrize(('changed', 'message'), [
-    ({'steps': 0}, 'steps=0'), ({'keep': 0}, 'keep=0'), ({'save_every': 1.5}, 'save_every=1.5'),
+    ({'steps': 0}, 'steps=0'), ({'save_every': 1.5}, 'save_every=1.5'),
     ({'microbatches': True}, 'microbatches=True'), ({'length': 17}, 'length=17 .* length=16'),
     ({'seed': -1}, 'seed=-1'), ({'batch': 12}, 'batch=12 .* microbatches=1 .* 8 devices'),
     ({'microbatches': 2}, 'batch=8 .* microbatches=2 .* 8 devices')])

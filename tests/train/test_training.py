@@ -102,8 +102,8 @@ def test_a_spike_that_does_not_come_again_leaves_nothing_out(tmp_path, monkeypat
   rows, said = Rows(poisoned=[16]), []
   healthy = rows.batch_at
 
-  def once(index):
-    batch = healthy(index)
+  def once(index, rows_of):
+    batch = healthy(index, rows_of)
     rows.poisoned = [] if index == 16 else rows.poisoned
     return batch
 
