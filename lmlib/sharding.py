@@ -33,9 +33,23 @@ MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')  # the slow
 # and divide this dimension: 'tensor' goes to K where it divides K, else to G.
 TENSOR = tuple((letter, ('tensor',)) for letter in 'KGFV')
 WEIGHTS = (('L', ('stage',)), ('E', ('expert',)), ('D', ('fsdp',)), *TENSOR)
-ARRAYS = (('B', ('data', 'fsdp', 'expert')), ('E', ('expert',)), ('T', ('context',)), *TENSOR)
+ROWS = (('B', ('data', 'fsdp', 'expert', 'stage')), ('B', ('data', 'fsdp', 'expert')))  # on stages where they divide
+ARRAYS = (*ROWS, ('E', ('expert',)), ('T', ('context',)), *TENSOR)
 
 _current = contextvars.ContextVar('mesh and layout', default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """How a batch passes the stages of a layout (nn/pipeline.py): nothing here changes numbers."""
+  microbatches: int | None = None  # parts that follow each other; None: up to four a stage, see pipeline.of()
+  rounds: int = 1  # times that each passes all stages, every one of which holds as many groups of layers
+
+  def __post_init__(self):
+    for name in ('microbatches', 'rounds'):
+      value = getattr(self, name)
+      if (value is None and name == 'rounds') or (value is not None and (not isinstance(value, int) or value < 1)):
+        raise ValueError(f'Pipeline.{name}={value!r} must be a positive integer')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +59,8 @@ class Layout:
   `data` splits the batch; `fsdp` splits the batch and, as `zero` says, the weights with what belongs to them (ZeRO,
   Rajbhandari et al. 2020); `tensor` splits heads, hidden width and vocabulary (Shoeybi et al. 2019); `context` splits
   the rows themselves, whose attention then goes round a ring (kernels/ring_attention.py); `expert` splits the batch and
-  the experts, to which tokens travel (nn/moe.py); `stage` splits the layers (nn/stack.py). One size may be -1: the
-  devices that are left.
+  the experts, to which tokens travel (nn/moe.py); `stage` splits the layers, between which a batch passes as `pipeline`
+  says (nn/pipeline.py). One size may be -1: the devices that are left.
 
   zero: 1 splits the optimizer's state over fsdp, 2 gradients as well, 3 the stored weights too.
   slices: groups of devices, each with a fast network of its own and a slow one between them; the mesh axis `across`
@@ -61,6 +75,7 @@ class Layout:
   zero: int = 3
   slices: int = 1
   across: str = 'data'
+  pipeline: Pipeline = Pipeline()
   weights: tuple = WEIGHTS
   arrays: tuple = ARRAYS
 
@@ -134,7 +149,16 @@ class Layout:
     if (size := sizes[MESH_AXES.index(self.across)]) % self.slices:
       raise ValueError(f'Layout.{self.across}=-1 is {size} on {devices} devices, which slices={self.slices} do not '
                        f'divide: slices={math.gcd(size, self.slices)} would')
+    self._check_pipeline(sizes[MESH_AXES.index('stage')])
     return sizes
+
+  def _check_pipeline(self, stages: int):
+    microbatches, rounds = self.pipeline.microbatches, self.pipeline.rounds
+    if stages == 1 and self.pipeline != Pipeline():
+      raise ValueError(f'Layout.pipeline={self.pipeline} has no effect with stage=1: set stage to 2 or more')
+    if rounds > 1 and microbatches is not None and microbatches % stages:
+      raise ValueError(f'Pipeline.microbatches={microbatches} must be a multiple of stage={stages} where '
+                       f'rounds={rounds}: {-(-microbatches // stages) * stages} is')
 
 
 def in_slices(devices, slices: int) -> list[list]:
@@ -165,13 +189,28 @@ def use(layout: Layout, devices=None):
     _current.reset(token)
 
 
+@contextlib.contextmanager
+def without(axis: str):
+  """Inside, no rule for computed arrays uses this mesh axis: a vmap or shard_map around them does."""
+  if not in_use():
+    yield
+    return
+  mesh, layout = _current.get()
+  rules = tuple((letter, tuple(m for m in mesh_axes if m != axis)) for letter, mesh_axes in layout.arrays)
+  token = _current.set((mesh, dataclasses.replace(layout, arrays=rules)))
+  try:
+    yield
+  finally:
+    _current.reset(token)
+
+
 def in_use() -> bool:
   return _current.get() is not None
 
 
 def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, rules) -> PartitionSpec:
   """The PartitionSpec of an array whose dimensions are named by `axes`, by a table of rules."""
-  if unknown := set(axes) - ALPHABET:
+  if unknown := set(axes) - ALPHABET - {'1'}:  # 1 is an axis of one
     raise ValueError(f'{axes!r} uses {sorted(unknown)}: not in the alphabet of sharding.py')
   taken, placed = set(), {}
   for letter, mesh_axes in rules:
@@ -311,11 +350,17 @@ def replicated() -> NamedSharding:
 
 
 def batch_devices() -> int:
-  """Into how many parts the layout in use splits a batch (1 outside use())."""
+  """Into how many parts the layout in use splits every batch (1 outside use())."""
   if not in_use():
     return 1
   mesh, layout = _current.get()
-  return math.prod(mesh.shape[m] for letter, mesh_axes in layout.arrays if letter == 'B' for m in mesh_axes)
+  return min((math.prod(mesh.shape[m] for m in mesh_axes) for letter, mesh_axes in layout.arrays if letter == 'B'),
+             default=1)
+
+
+def pipeline() -> Pipeline:
+  """How a batch passes the stages of the layout in use."""
+  return _current.get()[1].pipeline if in_use() else Pipeline()
 
 
 def laid(tree, places):

@@ -21,7 +21,7 @@ from lmlib.nn.moe import Experts, MixtureOfExperts
 from lmlib.nn.places import Places, places
 from lmlib.nn.positions import Rope
 from lmlib.nn.router import TopK
-from lmlib.nn.stack import Execution, stack
+from lmlib.nn.stack import Execution, beside_stages, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +123,13 @@ class Future(nn.Module):
 
 
 class Stack(nn.Module):
-  """Blocks of one kind under a name of their own."""
+  """Blocks of one kind under a name of their own, too few for stages to share."""
   cfg: Any
   block: type[nn.Module]
   layers: int
 
   def setup(self):
-    self.blocks = stack(self.block, self.layers, self.cfg.execution, shared=2)(self.cfg)
+    self.blocks = beside_stages(self.block, self.layers, self.cfg.execution, shared=2)(self.cfg)
 
   def __call__(self, *args):
     return self.blocks(*args)

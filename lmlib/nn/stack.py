@@ -7,8 +7,10 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from lmlib import sharding
 from lmlib.kernels import cross_entropy
 from lmlib.kernels.attention import DECODING, IMPLEMENTATIONS
+from lmlib.nn import pipeline
 
 # What the backward pass finds in memory; the rest it computes again.
 REMAT = {
@@ -51,15 +53,62 @@ def stack(block: type[nn.Module], layers: int, execution: Execution, *, shared: 
   """`layers` copies of `block`, called as (x, per_layer, *shared) -> (x, per_layer).
 
   Weights and per_layer trees carry a leading axis L; the last `shared` arguments go to every block
-  as they are. With execution.apart they carry none: see Apart.
+  as they are. With execution.apart they carry none: see Apart. On several stages it is Staged; ValueError if those
+  cannot share the layers.
   """
   if execution.apart:
     return functools.partial(Apart, block, layers)
+  if sharding.size(pipeline.AXIS) > 1:
+    pipeline.divides(layers)
+    return functools.partial(Staged, block, layers, execution, shared)
+  return scanned(block, layers, execution, shared=shared)
+
+
+def beside_stages(block: type[nn.Module], layers: int, execution: Execution, *, shared: int):
+  """A stack() that is too short for a pipeline: on several stages all of them run all of its layers."""
+  if sharding.size(pipeline.AXIS) > 1 and not execution.apart:
+    return functools.partial(Staged, block, layers, execution, shared, piped=False)
+  return stack(block, layers, execution, shared=shared)
+
+
+def scanned(block: type[nn.Module], layers: int, execution: Execution, *, shared: int):
+  """A stack() for a device that has the weights of all layers."""
   if execution.remat is not None:
     block = nn.remat(block, policy=REMAT[execution.remat], prevent_cse=not execution.scan)
   return nn.scan(block, length=layers, unroll=1 if execution.scan else layers,
                  variable_axes={'params': 0, 'intermediates': 0}, split_rngs={'params': True},
                  in_axes=(0, *(nn.broadcast,) * shared), metadata_params={nn.PARTITION_NAME: 'L'})
+
+
+class Staged(nn.Module):
+  """Blocks whose stacked weights lie on several stages: whole rows pass through them in a pipeline.
+
+  Where a cache is there, as in decoding, every stage runs every layer, whose weights come from where they are.
+  """
+  block: type[nn.Module]
+  layers: int
+  execution: Execution
+  shared: int
+  cfg: Any
+  piped: bool = True
+
+  def setup(self):
+    self.every = self.some(self.layers)
+    nn.share_scope(self, self.every)
+
+  def some(self, layers: int, **settings) -> nn.Module:
+    return scanned(self.block, layers, self.execution, shared=self.shared)(self.cfg, **settings)
+
+  def __call__(self, x, per_layer, *shared):
+    if self.is_initializing() or self.layers % sharding.size(pipeline.AXIS):
+      return self.every(x, per_layer, *shared)
+    layers = self.every.variables['params'], per_layer
+    run = lambda layers, x, shared: self.some(jax.tree.leaves(layers)[0].shape[0], parent=None).apply(
+        {'params': layers[0]}, x, layers[1], *shared)
+    _, *kept = per_layer
+    if self.piped and not jax.tree.leaves(kept):
+      return pipeline.through(run, layers, x, shared)
+    return pipeline.gathered(run, layers, x, shared)
 
 
 class Apart(nn.Module):
