@@ -138,8 +138,9 @@ def chosen(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern, rows: Rows, added) -> str:
   return able[0] if able else 'reference'
 
 
-def _chosen_of_parts(*case) -> str:
-  """What meets a part of the keys where rows are split among devices."""
+def _chosen_of_parts(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, added) -> str:
+  """What meets a part of the keys where rows are split among devices; keys in front are in none."""
+  case = q_BTKGH, k_BSKH, v_BSKH, pattern, rows.replace(front=0), added
   wanted = chosen(*case)
   wanted = {'hopper': 'gpu'}.get(wanted, wanted)
   return wanted if wanted in OF_PARTS and not OF_PARTS[wanted](*case) else 'reference'
