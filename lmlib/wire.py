@@ -7,6 +7,7 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import json
+import os
 import queue
 import selectors
 import socket
@@ -241,7 +242,7 @@ def _listened(call: Call, hello: dict, timeout: float, answer) -> tuple[dict, An
   try:
     door = socket.create_server(('', call.place[1]))
   except OSError as error:
-    raise ValueError(f'process 0 cannot listen on {call.said}: {error.strerror}; another process may have '
+    raise ValueError(f'process 0 cannot listen on {call.said}: {os.strerror(error.errno)}; another process may have '
                      f'{call.names[2]}=0, or another run this port') from None
   fault, waiting = None, []  # (socket, what it has said so far)
   with door:
@@ -272,9 +273,11 @@ def _refuse(door, waiting, lines, fault: str):
   end = time.monotonic() + LINGER
   while lines or time.monotonic() < end:
     for line in lines:
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError), line:
         line.sendall(refused)
     lines = [line for line, _ in _spoken(door, waiting, 0.2)]
+  for line, _ in waiting:
+    line.close()
 
 
 def _spoken(door, waiting: list, timeout: float) -> list[tuple[socket.socket, dict]]:
@@ -293,13 +296,17 @@ def _spoken(door, waiting: list, timeout: float) -> list[tuple[socket.socket, di
       try:
         said += (data := line.recv(1 << 20))
         hello = json.loads(said) if said.endswith(b'\n') else None
-      except (OSError, ValueError):
+        if hello is not None and not {'process', 'processes', 'host', 'facts'} <= hello.keys():
+          raise ValueError('a hello has more')
+      except (OSError, ValueError, AttributeError):
         hello, data = None, b''
       if hello is not None:
         line.setblocking(True)
         done.append((line, hello))
       if hello is not None or not data:
-        waiting.remove((line, said))  # of us, or of a stranger
+        waiting.remove((line, said))
+      if hello is None and not data:  # a stranger
+        line.close()
   return done
 
 
@@ -326,18 +333,21 @@ def _called(call: Call, hello: dict, timeout: float) -> tuple[dict, Any]:
   deadline, why = time.monotonic() + timeout, 'no answer'
   place = call.place
   while (left := deadline - time.monotonic()) > 0:
+    line = None
     try:
       line = socket.create_connection(place, timeout=max(0.1, min(left, 10.0)))
       line.sendall(json.dumps(hello).encode() + b'\n')
       line.settimeout(timeout + LINGER)  # process 0 may have begun to wait just now
       said = _line(line)
+      if 'welcome' in said:
+        return {0: line}, said['welcome']
     except OSError as error:
-      why = error.strerror or str(error) or type(error).__name__
-      time.sleep(RETRY)
-      continue
-    if 'welcome' in said:
-      return {0: line}, said['welcome']
-    raise ValueError(said['refused'])
+      why, said = error.strerror or str(error) or type(error).__name__, None
+    if line is not None:
+      line.close()
+    if said is not None:
+      raise ValueError(said['refused'])
+    time.sleep(RETRY)
   raise ValueError(f'process {call.process} of {call.processes} did not reach process 0 at {call.said} within '
                    f'{timeout:g} s: {why}')
 

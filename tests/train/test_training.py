@@ -102,8 +102,8 @@ def test_a_spike_that_does_not_come_again_leaves_nothing_out(tmp_path, monkeypat
   rows, said = Rows(poisoned=[16]), []
   healthy = rows.batch_at
 
-  def once(index, rows_of):
-    batch = healthy(index, rows_of)
+  def once(index, part):
+    batch = healthy(index, part)
     rows.poisoned = [] if index == 16 else rows.poisoned
     return batch
 
@@ -118,7 +118,8 @@ def test_a_spike_that_does_not_come_again_leaves_nothing_out(tmp_path, monkeypat
 def test_a_machine_that_fails_at_one_step_again_and_again_ends_the_run(tmp_path, monkeypatch):
   """The batch is noise whenever the loop reads it, and none when it is replayed: nothing is ever left out."""
   rows = Rows(poisoned=[16])
-  monkeypatch.setattr('lmlib.train.training.Course.batch', lambda course, index: course.place(Rows().batch_at(index)))
+  sound = lambda course, index: course.place(Rows().batch_at(index, course.rows))
+  monkeypatch.setattr('lmlib.train.training.Course.batch', sound)
   with pytest.raises(health.RunFault, match='has gone back 2 times'):
     run(tmp_path / 'run', rows, Watch(spikes=Spikes(window=6, rollbacks=2)))
   assert Events(tmp_path / 'run').order().left_out == ()

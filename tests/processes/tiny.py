@@ -1,0 +1,86 @@
+"""The tiny course of tests/train/courses.py as an experiment of its own, with a process that has a fault.
+
+  python tests/processes/tiny.py --gin_file=tiny.gin
+"""
+from lmlib import cli
+
+if __name__ == '__main__':
+  cli.run(__file__)
+
+import contextlib
+import functools
+import os
+import resource
+import shutil
+import signal
+import time
+from types import SimpleNamespace
+
+import jax
+
+from lmlib import processes, sharding
+from lmlib.train import keeping, metrics, training
+from lmlib.train import step as step_of
+from lmlib.train.checkpoint import Checkpoints
+from lmlib.train.watch import Watch
+from lmlib.train.workdir import Workdir
+from tests.train import courses
+
+GIN = '''
+from __gin__ import dynamic_registration
+from processes import tiny
+from lmlib import sharding
+from lmlib.train import keeping
+
+tiny.main.layout = @sharding.Layout()
+tiny.main.workdir = '{workdir}'
+'''
+
+
+def main(*, layout, workdir: str, steps: int = courses.STEPS, save_every: int = 5, fault: str | None = None,
+         who: int = 1, at: int = 8, seconds: float = 0.0, keep: int | keeping.Keep = 2):
+  """Trains to `steps`; process `who` has the fault when it makes batch `at`. seconds: that a batch takes."""
+  rows = courses.Rows()
+  healthy = rows.batch_at
+
+  def batch_at(index, part):
+    if index == at and processes.number() == who and fault:
+      FAULTS[fault](workdir)
+    time.sleep(seconds)
+    return healthy(index, part)
+
+  rows.batch_at = batch_at
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(sharding.use(layout))
+    run = stack.enter_context(Workdir(workdir))
+    transformation = courses.OPTIMIZER.transformation(sharding.letters(courses.protocol.boxed(courses.MODEL)),
+                                                      courses.STEPS)
+    shapes = step_of.shapes(courses.MODEL, transformation)
+    course = training.Course(courses.loss, transformation, shapes, rows,
+                             lambda i: courses.OPTIMIZER.schedule.rate(i, courses.STEPS))
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.path / 'checkpoints', keep=keep)))
+    restored = checkpoints.restore(shapes)
+    state = restored[0] if restored else step_of.init(courses.MODEL, transformation, jax.random.key(0))
+    run.begin(manifest={}, files={})
+    print(f'begin at {int(state.step)}', flush=True)
+    record = functools.partial(metrics.Record, run.path, steps=steps, flops=SimpleNamespace(exact=1.0, six_nd=1.0),
+                               peak=None, live=metrics.Live())
+    training.train(course, state, folder=run.path, steps=steps, checkpoints=checkpoints, save_every=save_every,
+                   record=record, watch=Watch())
+    print('done', flush=True)
+
+
+def full(workdir: str):
+  """From here on a file of this process may have no more than 2 kB: what a full disk does to those of arrays."""
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def broken(workdir: str):
+  raise ValueError('bad thing=3')
+
+
+FAULTS = {'term': lambda workdir: os.kill(os.getpid(), signal.SIGTERM),
+          'kill': lambda workdir: os.kill(os.getpid(), signal.SIGKILL),
+          'full': full, 'broken': broken,
+          'gone': lambda workdir: shutil.rmtree(os.path.join(workdir, 'checkpoints'))}
