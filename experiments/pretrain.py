@@ -106,7 +106,7 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     flops, (peak, peak_source) = cost.train_flops(model, length, answer), chips.peak_flops(mesh.devices.flat)
     facts = {'parameters': trees.count(shapes.params), 'mesh': dict(mesh.shape), 'data': prepared.rows,
              'peak_flops': peak, 'peak_source': peak_source, 'flops_per_token': flops.exact,
-             'flops_per_token_6nd': flops.six_nd, 'layout': sharding.told(protocol.boxed(model))}
+             'flops_per_token_6nd': flops.six_nd, 'layout': step_of.told(protocol.boxed(model), batch // microbatches)}
     run.begin(manifest=facts, files={'config.gin': config.encode(), 'tokenizer.model': tokenizer.model},
               need=trees.nbytes(shapes) * (keep.most(steps) + 1))
     live.say(report.opening(facts, folder, start, steps))

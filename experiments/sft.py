@@ -90,7 +90,7 @@ def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdi
     # What it writes of itself.
     beside = None if tuning.adapter is None else trees.count(shapes.params)
     flops, (peak, peak_source) = cost.train_flops(model, length, beside=beside), chips.peak_flops(mesh.devices.flat)
-    facts = tuning.facts(optimizer, steps) | {
+    facts = tuning.facts(optimizer, steps, batch // microbatches) | {
         'source': source, 'mesh': dict(mesh.shape), 'data': material.facts, 'peak_flops': peak,
         'peak_source': peak_source, 'flops_per_token': flops.exact, 'flops_per_token_6nd': flops.six_nd}
     config = gin_text.gin_text('experiments.sft.main', given | {'model': model})

@@ -25,7 +25,8 @@ GIVEN = ("GLOB = 'texts/*.txt'", "FOLDER = 'data/set'", "TASK = 'task'", "MODULE
          "PATH = 'data/prepared'", "TASKS = ('task',)", "SOURCE = 'published'",
          "TARGET = 'runs/taken'")  # what a user must say
 # Behind a leaf.
-ON_THE_COMMAND_LINE = ('meshes/fsdp.gin', 'meshes/context.gin', 'data/data_folder.gin', 'data/seqio_task.gin')
+MESHES = ('meshes/fsdp.gin', 'meshes/context.gin', 'meshes/experts.gin', 'meshes/stages.gin')
+OTHER_DATA = ('data/data_folder.gin', 'data/seqio_task.gin')
 PODS = tuple(f'meshes/{name}.gin' for name in test_meshes.PODS)  # each for one number of devices
 MODELS = sorted(path.stem for path in (ROOT / 'models').glob('*.gin'))
 # Weights of each file of models/ as published; tied tables count once. Our own four are counted by hand, as is PaLM,
@@ -112,7 +113,7 @@ def test_a_leaf_may_be_given_after_another_mesh(leaf):
       assert arguments(leaf, mesh)[1]['layout'].mesh().size == 8
 
 
-@pytest.mark.parametrize('data', ON_THE_COMMAND_LINE[2:])
+@pytest.mark.parametrize('data', OTHER_DATA)
 def test_the_quickstart_may_be_given_other_data(data):
   source = arguments('quickstart.gin', data)[1]['data'].source
   assert type(source).__name__ == {'data_folder': 'DataFolder', 'seqio_task': 'Seqio'}[pathlib.Path(data).stem]
@@ -161,5 +162,5 @@ def test_there_are_eight_macros_and_what_to_read():
 
 def test_every_file_is_used():
   used = {included for leaf in LEAVES for included in includes(leaf)} | {f'models/{name}.gin' for name in PUBLISHED}
-  alone = {name for name in FILES if '/' in name} - used - {*ON_THE_COMMAND_LINE, *PODS}
+  alone = {name for name in FILES if '/' in name} - used - {*MESHES, *OTHER_DATA, *PODS}
   assert not alone, f'{alone} belong to no leaf'

@@ -99,6 +99,16 @@ def check(rows: int, where: str):
                      f'{", ".join(map(str, fitting))} would')
 
 
+def told(rows: int) -> str:
+  """How batches of so many rows pass the stages of the layout in use, for a report; '' where there is one stage."""
+  if sharding.size(AXIS) == 1:
+    return ''
+  schedule = of(rows)
+  rounds = f' in {schedule.rounds} rounds' if schedule.rounds > 1 else ''
+  return (f'{schedule.microbatches} microbatches pass {schedule.stages} stages{rounds}, '
+          f'{schedule.bubbles:.1%} of their time in bubbles')
+
+
 def divides(layers: int):
   """ValueError if the stages of the layout in use cannot share so many layers evenly."""
   stages, rounds = sharding.size(AXIS), sharding.pipeline().rounds

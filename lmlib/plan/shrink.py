@@ -22,7 +22,7 @@ MOST = {'head_width': HEAD_WIDTH, 'width': WIDTH, 'hidden': HIDDEN, 'length': LE
 def layout(whole: Layout, devices: int = 8) -> Layout:
   """A layout of the same mesh axes: each has two devices, and the largest ones more while `devices` allow it.
 
-  Of several slices there are two.
+  Of several slices there are two, and a pipeline chooses its microbatches itself.
   """
   found = {name: 1 if size == 1 else 2 for name, size in zip(MESH_AXES, whole.sizes)}
   wanted = {name: math.inf if size == -1 else size for name, size in zip(MESH_AXES, whole.sizes)}
@@ -30,7 +30,8 @@ def layout(whole: Layout, devices: int = 8) -> Layout:
     if 2 * math.prod(found.values()) > devices:
       break
     found[max(several, key=lambda name: wanted[name] / found[name])] *= 2
-  return dataclasses.replace(whole, **found, slices=min(whole.slices, 2))
+  return dataclasses.replace(whole, **found, slices=min(whole.slices, 2),
+                             pipeline=dataclasses.replace(whole.pipeline, microbatches=None))
 
 
 def model(whole: protocol.Config, small: Layout, vocab: int) -> protocol.Config:
@@ -44,7 +45,8 @@ def model(whole: protocol.Config, small: Layout, vocab: int) -> protocol.Config:
   for name in ('layers', 'encoder_layers'):
     if (layers := getattr(whole, name, None)) is not None:
       least = max(2, patterns if name == 'layers' else 2, 2 if getattr(whole, 'dense_layers', 0) else 1)
-      changes[name] = min(layers, -(-least // small.stage) * small.stage)
+      several = small.stage * small.pipeline.rounds
+      changes[name] = min(layers, -(-least // several) * several)
   fields = {field.name for field in dataclasses.fields(whole)}
   return _smaller(whole, {name: value for name, value in changes.items() if name in fields})
 

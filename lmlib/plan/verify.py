@@ -178,7 +178,7 @@ def case(trained: Trained, objective, optimizer, layout: sharding.Layout, *, res
   objective = shrink.objective(objective, tokenizer.vocab)
   config = shrink.model(trained.config, layout, -(-objectives.vocabulary(objective, tokenizer.vocab) // 8) * 8)
   with used(layout):
-    rows = rows or 2 * sharding.batch_devices()
+    rows = rows or max(2, layout.stage) * sharding.batch_devices()
   draw = functools.partial(packed, objective, tokenizer, config.vocab, rows, config.length, restart)
   found = Case(trained.replaced(config=config), draw(0), optimizer, layout)
   if hasattr(config, 'experts'):

@@ -88,13 +88,13 @@ class Tuning:
       return trained
     return adapters.attach(self.config, *frozen, adapters.Adapter(trained, self.adapter))
 
-  def facts(self, optimizer, steps: int) -> dict:
+  def facts(self, optimizer, steps: int, rows: int) -> dict:
     """Weights that are trained and bytes of their optimizer's state, beside those of training all of the model.
 
-    And what the layout in use does with them, as sharding.told() says it.
+    And what the layout in use does with them, as step.told() says it of microbatches of so many rows.
     """
     whole = Tuning(self.config)
     state = lambda tuning: state_bytes(optimizer.transformation(tuning.letters(), steps), nn.unbox(tuning.boxed()))
     return {'parameters': trees.count(whole.boxed()), 'trained': trees.count(self.boxed()),
             'optimizer_bytes': state(self), 'optimizer_bytes_of_all': state(whole),
-            'layout': sharding.told(whole.boxed())}
+            'layout': step_of.told(whole.boxed(), rows)}

@@ -3,6 +3,7 @@ import contextlib
 import time
 
 from lmlib import processes, sharding
+from lmlib.nn import pipeline
 from lmlib.train import health
 
 
@@ -23,6 +24,7 @@ def check(*, longest: int, seed: int, **counts: int):
   if batch % (parts * microbatches):
     raise ValueError(f'batch={batch} is not a multiple of microbatches={microbatches} times the {parts} '
                      'devices that the layout splits a batch over (data x fsdp x expert)')
+  pipeline.check(batch // microbatches, f'batch={batch} by microbatches={microbatches}')
   if length % (context := sharding.size('context')):
     raise ValueError(f'length={length} is not a multiple of the {context} devices that the layout splits rows over '
                      f'(context): {length // context * context or context} is')

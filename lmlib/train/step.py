@@ -10,6 +10,7 @@ import optax
 
 from lmlib import sharding
 from lmlib.models import protocol
+from lmlib.nn import pipeline
 from lmlib.optim.kinds import descended
 from lmlib.optim.state import state_shardings
 
@@ -120,6 +121,11 @@ def shapes_of(boxed, optimizer: optax.GradientTransformation) -> State:
   moments = state_shardings(optimizer, params, sharding.shardings(boxed, 'moments'), everywhere)
   stored = State(everywhere, sharding.shardings(boxed), moments, everywhere)
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, stored)
+
+
+def told(boxed, rows: int) -> str:
+  """What the layout in use does with weights, and with microbatches of so many rows, for a report; '' if nothing."""
+  return '; '.join(filter(None, [sharding.told(boxed), pipeline.told(rows)]))
 
 
 def init(config: protocol.Config, optimizer: optax.GradientTransformation, key: jax.Array) -> State:

@@ -1,4 +1,4 @@
-"""The quickstart's own run file, with a smaller model and less text, computes the same on several devices: plan/verify_matrix.py knows all layouts."""
+"""The quickstart's own run file, with a smaller model and less text, computes the same on eight devices."""
 import json
 import subprocess
 import sys
@@ -38,4 +38,4 @@ def test_eight_devices_train_like_one(losses):
   one = losses(1, {})
   assert len(one) == STEPS
   assert one[-1] < one[0] - 0.5
-  np.testing.assert_allclose(losses(8, dict(data=1, fsdp=2, context=2, tensor=2)), one, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(losses(8, dict(data=1, stage=2, fsdp=2, tensor=2)), one, atol=1e-4, rtol=0)

@@ -3,14 +3,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lmlib import sharding
 from lmlib.models import protocol
 from lmlib.nn import pipeline
-from lmlib.nn.attention import AttentionStyle
 from lmlib.nn.moe import Experts
 from lmlib.nn.router import TopK
 from lmlib.sharding import Layout, Pipeline
@@ -68,7 +66,7 @@ def assert_equal(found, wanted):
   jax.tree_util.tree_map_with_path(compare, found, wanted)
 
 
-@pytest.mark.parametrize('model,layout', [
+@pytest.mark.parametrize(('model', 'layout'), [
     ('dense', Layout(stage=2, fsdp=2, tensor=2)),
     ('dense remat', Layout(stage=4, fsdp=2, pipeline=Pipeline(1))),
     ('dense remat', Layout(stage=2, data=4, pipeline=Pipeline(2, rounds=2))),
@@ -77,3 +75,53 @@ def assert_equal(found, wanted):
 ], ids=lambda x: str(x))
 def test_stages_equal_one_device(model, layout):
   assert_equal(on(layout, MODELS[model], 16), alone(MODELS[model], 16))
+
+
+@pytest.mark.parametrize(('schedule', 'ticks', 'bubbles'), [
+    (pipeline.Schedule(4, 8), 11, 3 / 11), (pipeline.Schedule(4, 1), 4, 3 / 4), (pipeline.Schedule(1, 5), 5, 0),
+    (pipeline.Schedule(4, 8, 2), 19, 3 / 19), (pipeline.Schedule(2, 4, 3), 13, 1 / 13)])
+def test_bubbles_are_those_of_the_papers(schedule, ticks, bubbles):
+  """(s - 1) / (r m + s - 1), and as many places of the table have no microbatch."""
+  assert schedule.ticks == ticks
+  assert schedule.bubbles == pytest.approx(bubbles)
+  microbatch, turn = schedule.work()
+  assert (microbatch < 0).mean() == pytest.approx(bubbles)
+  for j in range(schedule.microbatches):  # each passes every stage once a round, one tick after the other
+    tick, stage = np.nonzero(microbatch == j)
+    assert stage.tolist() == list(range(schedule.stages)) * schedule.rounds
+    assert (np.diff(tick) == 1).all()
+    assert turn[tick, stage].tolist() == np.repeat(np.arange(schedule.rounds), schedule.stages).tolist()
+
+
+def test_bubbles_of_the_program_are_those_of_the_schedule():
+  """The loop over ticks of a compiled program goes round as often as the schedule has ticks."""
+  config, layout = MODELS['dense'], Layout(data=2, stage=4, pipeline=Pipeline(4))
+  with sharding.use(layout):
+    params = jax.device_put(made(config), sharding.shardings(protocol.boxed(config)))
+    jaxpr = str(jax.make_jaxpr(lambda params: losses.NextToken().of(config)(params, batch(16))[0])(params))
+    assert pipeline.of(16).ticks == 7
+  assert 'length=7' in jaxpr
+
+
+@pytest.mark.parametrize(('layout', 'rows', 'said'), [
+    (dict(stage=2, data=4, pipeline=Pipeline(3)), 16, 'Pipeline.microbatches=3 do not divide.*4 on each.*1, 2, 4'),
+    (dict(stage=4, data=2, pipeline=Pipeline(rounds=2)), 6, 'Pipeline.rounds=2.*multiple of stage=4.*make that 4')])
+def test_batches_that_cannot_pass_are_refused(layout, rows, said):
+  with sharding.use(Layout(**layout)), pytest.raises(ValueError, match=said):
+    pipeline.check(rows, f'batch={rows}')
+
+
+def test_layers_that_stages_cannot_share_are_refused():
+  with sharding.use(Layout(data=2, stage=4)), pytest.raises(ValueError, match='stage=4 does not divide the 6 layers'):
+    pipeline.divides(6)
+  with sharding.use(Layout(data=4, stage=2, pipeline=Pipeline(rounds=2))), pytest.raises(
+      ValueError, match=r'stage=2 x Pipeline.rounds=2 does not divide the 6 layers.*8 layers'):
+    pipeline.divides(6)
+  with pytest.raises(ValueError, match='no effect with stage=1'):
+    Layout(pipeline=Pipeline(2)).mesh()
+
+
+def test_what_passes_stages_is_told():
+  with sharding.use(Layout(data=2, stage=4, pipeline=Pipeline(4, rounds=2))):
+    assert pipeline.told(16) == '4 microbatches pass 4 stages in 2 rounds, 27.3% of their time in bubbles'
+  assert pipeline.told(16) == ''

@@ -13,7 +13,7 @@ from lmlib.optim.adamw import AdamW
 from lmlib.optim.muon import Muon
 from lmlib.optim.schedules import Constant
 from lmlib.plan import shrink, verify
-from lmlib.sharding import Layout
+from lmlib.sharding import Layout, Pipeline
 from lmlib.train import encoder_losses, losses
 
 LOCAL = AttentionStyle(qk_norm='head', sinks=True, patterns=(Pattern(window=5, softcap=5.0), Pattern()))
@@ -24,15 +24,18 @@ ONE = dict(data=1)
 LAYOUTS = {
     'data': dict(data=8), 'fsdp': ONE | dict(fsdp=8), 'data fsdp': dict(data=2, fsdp=4), 'tensor': ONE | dict(tensor=8),
     'data fsdp tensor': dict(data=2, fsdp=2, tensor=2), 'context': ONE | dict(context=8),
-    'fsdp context tensor': ONE | dict(fsdp=2, context=2, tensor=2)}
+    'fsdp context tensor': ONE | dict(fsdp=2, context=2, tensor=2), 'zero 1': dict(data=2, fsdp=4, zero=1),
+    'zero 2 tensor': ONE | dict(fsdp=4, tensor=2, zero=2), 'slices': dict(data=4, fsdp=2, slices=2),
+    'stage fsdp tensor': ONE | dict(stage=2, fsdp=2, tensor=2), 'rounds': dict(
+        data=2, stage=2, context=2, pipeline=Pipeline(rounds=2))}
 OF_EXPERTS = {
     'expert': ONE | dict(expert=8), 'data expert': dict(data=2, expert=4),
     'fsdp expert tensor': ONE | dict(fsdp=2, expert=2, tensor=2),
-    'data expert context': dict(data=2, expert=2, context=2)}
+    'data expert context': dict(data=2, expert=2, context=2), 'stage expert': dict(data=2, stage=2, expert=2)}
 CASES = [(model, layout) for model in ('dense', 'experts') for layout in LAYOUTS]
 CASES += [('local', 'fsdp context tensor'), ('latent', 'data fsdp tensor')]
 CASES += [(model, layout) for model in ('experts', 'latent') for layout in OF_EXPERTS if model == 'experts'
-          or layout != 'data expert context']
+          or layout not in ('data expert context', 'stage expert')]
 SPECIALS = objectives.specials_after(300, 4)
 
 
@@ -43,9 +46,15 @@ def case(model: str, layout: Layout) -> verify.Case:
                      rows=16)
 
 
-@functools.cache
-def one(model: str):
-  return case(model, Layout(data=1)).gradients()
+ONES = {}
+
+
+def one(case: verify.Case):
+  """The gradients of one device, which layouts of as many layers share."""
+  key = case.trained.config
+  if key not in ONES:
+    ONES[key] = case.gradients()
+  return ONES[key]
 
 
 def assert_fine(rows):
@@ -58,7 +67,8 @@ def assert_fine(rows):
 def test_layout_equals_one_device(model, layout):
   whole = Layout(**{**LAYOUTS, **OF_EXPERTS}[layout])
   assert shrink.layout(whole) == whole
-  assert_fine(verify.of_layout(case(model, whole), one(model)))
+  here = case(model, whole)
+  assert_fine(verify.of_layout(here, one(here)))
 
 
 @pytest.mark.parametrize(('config', 'loss', 'objective'), [

@@ -119,7 +119,7 @@ def test_tuning_learns_and_leaves_the_base_as_it_was(adapter, four_bits, fall):
 
 
 def test_only_the_adapter_has_a_state():
-  adapter, whole = (Tuning(CONFIG, one).facts(AdamW(Constant(peak=0.1)), 9) for one in (LORA, None))
+  adapter, whole = (Tuning(CONFIG, one).facts(AdamW(Constant(peak=0.1)), 9, 4) for one in (LORA, None))
   count = trees.count(protocol.boxed(CONFIG))
   assert (adapter['parameters'], whole['trained'], whole['parameters']) == (count, count, count)
   assert adapter['trained'] == sum(
