@@ -15,13 +15,17 @@ TIME_COLORS = '#1f4e79', '#8fb0d0', '#b8912f', '#5b8c3e', '#7a4f9a', '#c05020', 
 
 def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
   """The model, the devices and the folder, before the first step."""
-  mesh = ' x '.join(f'{name} {size}' for name, size in facts['mesh'].items())
   peak = f', peak {facts["peak_flops"] / 1e12:.3g} TFLOP/s' if facts['peak_flops'] else ''
   where = f'going on after step {start} of {steps}' if start else f'{steps} steps'
   return (f'model       {facts["parameters"]:,} weights; {facts["flops_per_token"] / 1e6:,.1f} MFLOP a token to train '
           f'(6ND: {facts["flops_per_token_6nd"] / 1e6:,.1f})\n'
-          f'mesh        {mesh}{peak} ({facts["peak_source"]})\n{layout(facts)}'
+          f'mesh        {mesh(facts)}{peak} ({facts["peak_source"]})\n{layout(facts)}'
           f'workdir     {folder}: {where}')
+
+
+def mesh(facts: dict) -> str:
+  """The mesh axes of several devices: 'data 4 x fsdp 2'."""
+  return ' x '.join(f'{name} {size}' for name, size in facts['mesh'].items() if size > 1) or 'one device'
 
 
 def layout(facts: dict) -> str:

@@ -15,12 +15,11 @@ def opening(facts: dict, folder: pathlib.Path, start: int, steps: int) -> str:
   megabytes = lambda size: f'{size / 1e6:,.1f} MB'
   whole = '' if facts['trained'] == facts['parameters'] else (
       f', where training all of them takes {megabytes(facts["optimizer_bytes_of_all"])}')
-  mesh = ' x '.join(f'{name} {size}' for name, size in facts['mesh'].items())
   where = f'going on after step {start} of {steps}' if start else f'{steps} steps'
   return (f'model       {facts["source"]}: {facts["parameters"]:,} weights\n'
           f'trained     {facts["trained"]:,} numbers, {share:.2%} of as many; optimizer state '
           f'{megabytes(facts["optimizer_bytes"])}{whole}\n'
-          f'mesh        {mesh}\n{report.layout(facts)}'
+          f'mesh        {report.mesh(facts)}\n{report.layout(facts)}'
           f'workdir     {folder}: {where}')
 
 

@@ -32,7 +32,9 @@ OF_EXPERTS = {
     'expert': ONE | dict(expert=8), 'data expert': dict(data=2, expert=4),
     'fsdp expert tensor': ONE | dict(fsdp=2, expert=2, tensor=2),
     'data expert context': dict(data=2, expert=2, context=2), 'stage expert': dict(data=2, stage=2, expert=2)}
-CASES = [(model, layout) for model in ('dense', 'experts') for layout in LAYOUTS]
+CASES = [('dense', layout) for layout in LAYOUTS]
+OF_DENSE = 'data fsdp', 'context', 'zero 2 tensor', 'slices'
+CASES += [('experts', layout) for layout in LAYOUTS if layout not in OF_DENSE]
 CASES += [('local', 'fsdp context tensor'), ('latent', 'data fsdp tensor')]
 CASES += [(model, layout) for model in ('experts', 'latent') for layout in OF_EXPERTS if model == 'experts'
           or layout not in ('data expert context', 'stage expert')]
@@ -41,7 +43,7 @@ SPECIALS = objectives.specials_after(300, 4)
 
 @functools.cache
 def case(model: str, layout: Layout) -> verify.Case:
-  optimizer = (Muon if model == 'experts' else AdamW)(Constant(1e-3))
+  optimizer = (Muon if layout.tensor > 1 and layout.fsdp > 1 else AdamW)(Constant(1e-3))
   return verify.case(verify.whole(MODELS[model], losses.NextToken(z_loss=1e-3)), objectives.CAUSAL, optimizer, layout,
                      rows=16)
 
