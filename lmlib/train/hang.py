@@ -13,6 +13,9 @@ import time
 
 import jax
 
+from lmlib import processes
+from lmlib.train.health import RunFault
+
 LOOKS = 1.0  # seconds between two looks, and less where limits are short
 
 
@@ -81,10 +84,11 @@ class Watchdog:
     self._still += min(self._seen - before, 2 * self._every)
     limit = self.limit()
     if limit is not None and self._still > limit:
-      self._report()
+      line = self._report()
+      processes.fail(RunFault(line), line, 1, shown=True)  # ends here, where there are others to tell
       self._end(1)
 
-  def _report(self):
+  def _report(self) -> str:
     median = f', where the median step takes {statistics.median(self._seconds):.3g} s' if self._seconds else ''
     line = (f'{self._doing} hangs: nothing has moved for {self._still:.0f} s{median}; '
             f'the stacks of all threads are in {self._path}; run the same command to go on from the last checkpoint')
@@ -93,6 +97,7 @@ class Watchdog:
       faulthandler.dump_traceback(file)
     faulthandler.dump_traceback(sys.__stderr__)
     print(line, file=sys.__stderr__, flush=True)
+    return line
 
   def _work(self):
     while not self._stop.wait(self._every):

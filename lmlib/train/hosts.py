@@ -10,9 +10,10 @@ import statistics
 import time
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
+
+from lmlib import processes
 
 SIDE, TIMES = 1024, 8  # of the product: on one core of a CPU some 0.2 s, on an accelerator under a millisecond
 
@@ -37,11 +38,11 @@ class Stragglers:
 class Hosts:
   """Compares the processes of a run; with one there is nothing to compare, and nothing is measured."""
 
-  def __init__(self, stragglers: Stragglers, say: Callable[[str], None], *, processes: int | None = None,
-               gather: Callable = multihost_utils.process_allgather, probe: Callable[[], float] | None = None):
-    """gather(numbers) gives those of every process, in their order; probe() how long the devices of this one take."""
+  def __init__(self, stragglers: Stragglers, say: Callable[[str], None], *, count: int | None = None,
+               gather: Callable = processes.gathered, probe: Callable[[], float] | None = None):
+    """count: processes; gather(label, numbers): those of each, in order; probe(): how long our devices take."""
     self._stragglers, self._say, self._gather = stragglers, say, gather
-    self._alone = (jax.process_count() if processes is None else processes) == 1
+    self._alone = (processes.count() if count is None else count) == 1
     self._probe = probe or _product
     self._waited: list[float] = []
 
@@ -52,7 +53,8 @@ class Hosts:
     self._waited.append(line['waited'])
     if line['step'] % self._stragglers.every:
       return {}
-    waited_P, probe_P = np.asarray(self._gather(np.array([statistics.fmean(self._waited), self._probe()]))).T
+    mine = [statistics.fmean(self._waited), self._probe()]
+    waited_P, probe_P = np.array(self._gather('seconds of processes', mine)).T
     self._waited = []
     self._name(line['step'], waited_P, 'waits {0:.3g} s a step for its data', self._stragglers.least)
     self._name(line['step'], probe_P, 'has a device that takes {0:.3g} s for a product')

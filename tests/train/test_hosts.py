@@ -1,5 +1,4 @@
 """The process that holds up the others is named; numbers are told, for one process has none beside it."""
-import numpy as np
 import pytest
 
 from lmlib.train.hosts import Hosts, Stragglers
@@ -7,8 +6,8 @@ from lmlib.train.hosts import Hosts, Stragglers
 
 def hosts(waited, product, said, **more):
   """Process 0 of several, which are told: it gathers its own numbers and those of the others."""
-  gather = lambda mine: np.stack([[w, p] for w, p in zip([mine[0], *waited], [mine[1], *product])])
-  return Hosts(Stragglers(every=2, **more), said.append, processes=1 + len(waited), gather=gather, probe=lambda: 0.001)
+  gather = lambda label, mine: [mine, *([w, p] for w, p in zip(waited, product))]
+  return Hosts(Stragglers(every=2, **more), said.append, count=1 + len(waited), gather=gather, probe=lambda: 0.001)
 
 
 def test_the_slowest_is_named_and_the_others_are_not():
@@ -38,7 +37,7 @@ def test_alone_nothing_is_measured():
 def test_the_product_takes_time(monkeypatch):
   monkeypatch.setattr('lmlib.train.hosts.SIDE', 64)
   said = []
-  found = Hosts(Stragglers(every=1), said.append, processes=2, gather=lambda mine: np.stack([mine, mine])).after(
+  found = Hosts(Stragglers(every=1), said.append, count=2, gather=lambda label, mine: [mine, mine]).after(
       {'step': 1, 'waited': 0.0})
   assert found['hosts/product_most'] > 0
 
