@@ -22,7 +22,7 @@ from lmlib.data import packing as packings
 from lmlib.data.prepare import prepare
 from lmlib.eval import evaluation, held_out, perplexity, report
 from lmlib.models import protocol
-from lmlib.plan import chips, cost
+from lmlib.plan import chips, cost, hlo
 from lmlib.serve.generate import generate
 from lmlib.train import encoder_losses, health, keeping, loop, losses, metrics, training
 from lmlib.train import step as step_of
@@ -118,7 +118,7 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
       record = functools.partial(metrics.Record, folder, steps=steps, flops=flops, peak=peak, live=live)
       state = training.train(course, state, folder=folder, steps=steps, checkpoints=checkpoints, save_every=save_every,
                              record=record, watch=watch, evaluate=evaluate, evaluate_every=evaluate_every,
-                             say=live.say)
+                             sends=lambda text: hlo.collectives(text, mesh).by_axis(), say=live.say)
 
     # What it has learned.
     stack.enter_context(health.stopping('stopped after training, which is saved: '

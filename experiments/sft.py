@@ -21,7 +21,7 @@ from lmlib import gin_text, processes, sharding, trees
 from lmlib.eval import held_out_answers, report, tuning_report
 from lmlib.interop import opened
 from lmlib.nn.adapters import Adapter
-from lmlib.plan import chips, cost
+from lmlib.plan import chips, cost, hlo
 from lmlib.post.sft import Tuning
 from lmlib.train import health, keeping, loop, losses, metrics, training
 from lmlib.train.checkpoint import Checkpoints
@@ -113,7 +113,8 @@ def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdi
                                lambda i: optimizer.schedule.rate(i, steps), microbatches, frozen)
       record = functools.partial(metrics.Record, folder, steps=steps, flops=flops, peak=peak, live=live)
       state = training.train(course, state, folder=folder, steps=steps, checkpoints=checkpoints, save_every=save_every,
-                             record=record, watch=watch, say=live.say)
+                             record=record, watch=watch, sends=lambda text: hlo.collectives(text, mesh).by_axis(),
+                             say=live.say)
 
     # What it has learned.
     stack.enter_context(health.stopping('stopped after training, which is saved: '

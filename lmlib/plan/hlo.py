@@ -44,6 +44,13 @@ class Found:
     return sum(found.sent for found in self.collectives
                if all(value in (None, getattr(found, name)) for name, value in wanted.items()))
 
+  def by_axis(self) -> str:
+    """'fsdp 12.3 MB, data 1.1 MB', what a device sends in all; 'none'."""
+    sums: dict[str, int] = {}
+    for found in self.collectives:
+      sums[found.axis] = sums.get(found.axis, 0) + found.sent
+    return ', '.join(f'{axis} {sent / 1e6:,.1f} MB' for axis, sent in sorted(sums.items(), key=lambda x: -x[1])) or 'none'
+
   def __str__(self):
     rows = [f'{found.kind:<20} {found.axis:<14} {found.dtype:<5} {found.places:>6} {found.count:>8,} '
             f'{found.sent / 1e6:>12,.2f}' for found in self.collectives]

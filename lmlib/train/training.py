@@ -75,9 +75,10 @@ class Course:
 
 def train(course: Course, state, *, folder: pathlib.Path, steps: int, checkpoints: Checkpoints, save_every: int,
           record: Callable[..., metrics.Record], watch: Watch, evaluate=None, evaluate_every: int | None = None,
-          say=print):
+          sends: Callable[[str], str] | None = None, say=print):
   """The state after `steps` steps, from `state`; see loop.train, and record(start=) makes its record.
 
+  sends(text of the compiled step) says what its devices send each other, where there are several.
   Raises health.Stopped after saving for a signal; health.RunFault if numbers stay non-finite, or spikes go on when
   Spikes.rollbacks are used up.
   """
@@ -86,6 +87,8 @@ def train(course: Course, state, *, folder: pathlib.Path, steps: int, checkpoint
     with choice.saying(say):
       program = course.program  # before the first step is timed
     say(f'memory      a device: {memory.said(memory.by_kind(course.shapes, course.frozen, program))}')
+    if sends is not None and course.shapes.step.sharding.mesh.size > 1:
+      say(f'sent        a step and device: {sends(program.as_text())}')
     if watch.spikes and not processes.told('checkpoints', checkpoints.steps):
       checkpoints.save(int(state.step), state)  # there is always one to go back to
     ledger.add('starting', ledger.now() - ledger.began)

@@ -1,6 +1,7 @@
 """A run that is killed, stopped or damaged goes on as if nothing had happened. Real processes."""
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -160,9 +161,10 @@ def test_more_steps_go_on_from_a_finished_run(finished, command):
 
 def test_devices_layout_microbatches_scan_and_remat_may_change_on_the_way(finished, again):
   again.environment = again.environment | fake_devices(4) | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}  # compiles sooner
-  status, _, err = again.run('sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2',
+  status, out, err = again.run('sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2',
                              'sharding.Layout.tensor = 2', 'pretrain.main.microbatches = 2',
                              'stack.Execution.scan = False', "stack.Execution.remat = 'full'")
   assert status == 0, err  # XLA may warn of an inefficient layout
+  assert all(f'{axis} ' in re.search(r'\nsent        a step and device: (.*)', out)[1] for axis in ('fsdp', 'tensor'))
   found, expected = ([line['loss'] for line in lines] for lines in (again.metrics, finished.metrics))
   assert found == pytest.approx(expected, abs=1e-4)  # float32 sums in another order, over 40 steps

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import merge, sft
+from experiments import merge, replay, sft
 from lmlib import cli
 from lmlib.interop import opened
 from lmlib.nn import adapters
@@ -100,6 +100,13 @@ def test_tuning_raises_the_held_out_score_and_says_so(tuned):
   assert nats['after'] < nats['before'] - 0.5
   assert nats['low'] <= nats['difference'] <= nats['high'] < 0
   assert tuned.summary['trained'] < tuned.summary['parameters'] / 4
+
+
+def test_a_step_is_done_once_more_bit_for_bit(tuned, capsys):
+  replay.main(workdir=str(tuned.workdir), step=5)
+  out = capsys.readouterr().out
+  assert 'step 5, with batch 4, after the checkpoint of step 3' in out
+  assert '2 steps were compared with metrics.jsonl: the same bit for bit' in out
 
 
 def test_only_the_adapter_is_saved(tuned):
