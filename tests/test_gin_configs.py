@@ -20,10 +20,10 @@ LEAVES = sorted(path.name for path in ROOT.glob('*.gin'))
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob('*.gin'))
 MACROS = {'MODEL', 'DATA', 'OPTIMIZER', 'LAYOUT', 'STEPS', 'BATCH', 'WORKDIR', 'SEED'}
 OWN = {'GLOB', 'FIELD', 'FOLDER', 'SPLIT', 'TASK', 'MODULE', 'PROMPTS', 'NEW', 'PATH', 'STEP', 'ROW', 'SOURCE',
-       'TARGET', 'TASKS', 'TEMPLATE', 'SHOTS'}  # what to read or continue, which no file can know
+       'TARGET', 'TASKS', 'TEMPLATE', 'SHOTS', 'RUN', 'IMAGE'}  # what to read or continue, which no file can know
 GIVEN = ("GLOB = 'texts/*.txt'", "FOLDER = 'data/set'", "TASK = 'task'", "MODULE = 'my_tasks'",
          "PATH = 'data/prepared'", "TASKS = ('task',)", "SOURCE = 'published'",
-         "TARGET = 'runs/taken'")  # what a user must say
+         "TARGET = 'runs/taken'", "RUN = ('quickstart.gin',)", "IMAGE = 'registry/lmlib'")  # what a user must say
 # Behind a leaf.
 MESHES = ('meshes/fsdp.gin', 'meshes/context.gin', 'meshes/experts.gin', 'meshes/stages.gin')
 OTHER_DATA = ('data/data_folder.gin', 'data/seqio_task.gin')

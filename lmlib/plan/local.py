@@ -94,7 +94,7 @@ class _Signals:
 
 
 class _Group:
-  """Processes that end together. What process 0 prints comes through; errors of the others have their number in front."""
+  """Processes that end together. What process 0 prints comes through; errors of others have their number in front."""
 
   def __init__(self, commands: list[tuple[list[str], dict]]):
     self._last, self._lock, self._threads = {}, threading.Lock(), []
@@ -143,11 +143,12 @@ class _Group:
           child.send_signal(number)
 
   def _pass_on(self, number: int, stream):
-    for line in stream:
-      with self._lock:
-        self._last[number] = line.rstrip('\n')
-        sys.stderr.write(line if number == 0 else f'[{number}] {line}')
-        sys.stderr.flush()
+    with stream:
+      for line in stream:
+        with self._lock:
+          self._last[number] = line.rstrip('\n')
+          sys.stderr.write(line if number == 0 else f'[{number}] {line}')
+          sys.stderr.flush()
 
 
 def _dies_with_its_parent():

@@ -15,7 +15,7 @@ def tiny(tmp_path):
 def test_two_processes_stop_together_and_one_goes_on_as_if_there_had_never_been_two(tiny, tmp_path):
   """SIGTERM to process 1: both save the same step. A single process goes on with the next batch."""
   layout = 'sharding.Layout.data = 2', 'sharding.Layout.fsdp = 2'
-  (status, out, err), other = tiny.run(2, "tiny.main.fault = 'term'", *layout, devices=2)
+  (status, _, err), other = tiny.run(2, "tiny.main.fault = 'term'", *layout, devices=2)
   assert (status, other[0]) == (75, 75), (err, other[2])
   assert (other[1], other[2]) == ('', '')
   last = len(tiny.losses)
