@@ -65,6 +65,8 @@ class Layout:
   zero: 1 splits the optimizer's state over fsdp, 2 gradients as well, 3 the stored weights too.
   slices: groups of devices, each with a fast network of its own and a slow one between them; the mesh axis `across`
   goes over all of them, slices outermost, and the other axes stay inside one.
+  sequence: `tensor` splits the stream between attention and hidden layers as well, along its rows (sequence
+  parallelism, Korthikanti et al. 2022); rows of a length that it does not divide stay whole.
   """
   data: int = -1
   fsdp: int = 1
@@ -75,6 +77,7 @@ class Layout:
   zero: int = 3
   slices: int = 1
   across: str = 'data'
+  sequence: bool = False
   pipeline: Pipeline = Pipeline()
   weights: tuple = WEIGHTS
   arrays: tuple = ARRAYS
@@ -99,6 +102,9 @@ class Layout:
     if self.zero != 3 and self.fsdp == 1:
       raise ValueError(f'Layout.zero={self.zero} says what fsdp={self.fsdp} device splits: nothing; '
                        'give fsdp devices, or leave zero=3')
+    if self.sequence and self.tensor == 1:
+      raise ValueError(f'Layout.sequence={self.sequence} splits rows over tensor={self.tensor} device: nothing; '
+                       'give tensor devices, or leave sequence=False')
     if not isinstance(self.slices, int) or self.slices < 1:
       raise ValueError(f'Layout.slices={self.slices!r} must be a positive number of slices')
     if self.across not in MESH_AXES:
@@ -114,13 +120,19 @@ class Layout:
   def __str__(self):
     said = [f'{name}={size}' for name, size in zip(MESH_AXES, self.sizes) if size != 1]
     said += [f'zero={self.zero}'] if self.zero != 3 else []
+    said += ['sequence'] if self.sequence else []
     said += [f'slices={self.slices} of {self.across}'] if self.slices != 1 else []
     return 'Layout ' + (', '.join(said) or 'of one device')
 
   def table(self, what: str) -> tuple:
-    """The rules of 'arrays' that are computed, or of 'weights', 'gradients' or 'moments': their optimizer's state."""
-    if what == 'arrays':
+    """The rules of 'arrays' that are computed or of the 'stream' between layers, BTD; or of 'weights', 'gradients' or
+    'moments': their optimizer's state.
+    """
+    if what == 'arrays' or (what == 'stream' and not self.sequence):
       return self.arrays
+    if what == 'stream':
+      split = tuple((letter, (*axes, 'tensor')) for letter, axes in self.arrays if letter == 'T')
+      return (*(split or (('T', ('tensor',)),)), *self.arrays)
     if self.zero >= {'weights': 3, 'gradients': 2, 'moments': 1}[what]:
       return self.weights
     return tuple((letter, tuple(axis for axis in axes if axis != 'fsdp')) for letter, axes in self.weights)
@@ -222,13 +234,40 @@ def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, rules) -> PartitionSpec:
   return PartitionSpec(*(placed.get(a) for a in axes))
 
 
-def constrain(x: jax.Array, axes: str) -> jax.Array:
-  """Lays x out by the rules in use; outside use() there is one device and no rule."""
+def constrain(x: jax.Array, axes: str, what: str = 'arrays') -> jax.Array:
+  """Lays x out by the rules in use, of Layout.table(what); outside use() there is one device and no rule."""
   assert len(axes) == x.ndim, (axes, x.shape)
   if not in_use():
     return x
   mesh, layout = _current.get()
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, layout.arrays)))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, layout.table(what))))
+
+
+def stream(x_BTD: jax.Array) -> jax.Array:
+  """The stream between layers where it belongs."""
+  return constrain(x_BTD, 'BTD', 'stream')
+
+
+def gathered(x_BTD: jax.Array) -> jax.Array:
+  """The stream as products with weights take it: rows whole, where Layout.sequence split them.
+
+  Its gradient, a sum over `tensor`, goes back to the parts that each device has of the stream.
+  """
+  return _between(x_BTD, 'arrays', 'stream')
+
+
+def scattered(x_BTD: jax.Array) -> jax.Array:
+  """What products with weights made, a sum over `tensor`, as a part of the stream: gathered() the other way."""
+  return _between(x_BTD, 'stream', 'arrays')
+
+
+def _between(x_BTD, forward: str, backward: str):
+  if not in_use() or not _current.get()[1].sequence:
+    return x_BTD
+  moved = jax.custom_vjp(lambda x_BTD: constrain(x_BTD, 'BTD', forward))
+  moved.defvjp(lambda x_BTD: (constrain(x_BTD, 'BTD', forward), None),
+               lambda _, dx_BTD: (constrain(dx_BTD, 'BTD', backward),))
+  return moved(x_BTD)
 
 
 def each(function, axes, out: str | tuple[str, ...]):
@@ -375,7 +414,8 @@ NAMES = {'K': 'kv_heads', 'F': 'hidden', 'V': 'vocab', 'D': 'width', 'L': 'layer
 def check(boxed) -> list[str]:
   """What a mesh axis in use leaves whole of a model's weights (protocol.boxed), such as 'tensor=8: vocab=50257'.
 
-  That is a vocabulary, and key heads of which there are fewer than devices, where heads are split all the same.
+  That is a vocabulary, key heads of which there are fewer than devices, where heads are split all the same, and the
+  layers of a stack beside one that is split.
   ValueError for an axis that does not divide what it is there to split: heads, hidden width, width, layers, experts.
   """
   if not in_use():
@@ -401,11 +441,11 @@ def _unsplit(axis: str, size: int, weights) -> tuple[list[str], list[str]]:
   rows = [(letter, math.prod(size if m == axis else mesh.shape[m] for m in axes))
           for letter, axes in layout.weights if axis in axes]
   divides = lambda letter, length: any(length % parts == 0 for row, parts in rows if row == letter)
-  sizes, split_heads = {}, False
+  sizes, split = {}, set()
   for axes, shape in weights:
     for letter, length in zip(axes, shape):
       sizes.setdefault(letter, set()).add(length)
-    split_heads |= any(letter in axes and divides(letter, shape[axes.index(letter)]) for letter in 'KG')
+      split |= {letter} if divides(letter, length) else set()
   faults, left = [], []
   if any(letter == 'E' for letter, _ in rows) and 'E' not in sizes:
     faults.append('experts, of which this model has none')
@@ -413,11 +453,12 @@ def _unsplit(axis: str, size: int, weights) -> tuple[list[str], list[str]]:
     for length in sorted(sizes.get(letter, ())):
       if divides(letter, length) or letter == 'G':
         continue
-      if letter == 'K' and not split_heads:
+      if letter == 'K' and not split & {'K', 'G'}:
         heads = sorted(sizes.get('G', {1}))[-1]
         faults.append(f'kv_heads={length}' + (f' or the {heads} heads of each' if heads > 1 else ''))
       else:
-        (left if letter in 'KV' else faults).append(f'{NAMES.get(letter, letter)}={length}')
+        may = letter in 'KV' or (letter == 'L' and 'L' in split)
+        (left if may else faults).append(f'{NAMES.get(letter, letter)}={length}')
   return faults, left
 
 
@@ -431,6 +472,8 @@ def told(boxed) -> str:
     split = ('optimizer state', 'gradients', 'weights')[:layout.zero]
     said.append(f'fsdp splits {" and ".join([", ".join(split[:-1]), split[-1]] if split[1:] else split)} '
                 f'(ZeRO-{layout.zero})')
+  if layout.sequence:
+    said.append('tensor splits the stream along rows too')
   if layout.slices > 1:
     said.append(f'{layout.across} goes over {layout.slices} slices')
   return '; '.join([*said, *(f'{what} stays whole' for what in check(boxed))])

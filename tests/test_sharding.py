@@ -116,6 +116,7 @@ def test_a_batch_is_placed_by_the_letters_of_its_names():
 
 @pytest.mark.parametrize(('sizes', 'expected'), [
     (dict(zero=0), 'zero=0 must be 1, 2 or 3'), (dict(zero=1), r'zero=1 says what fsdp=1 device splits: nothing'),
+    (dict(sequence=True), r'sequence=True splits rows over tensor=1 device: nothing'),
     (dict(slices=0), 'slices=0 must be'), (dict(across='pipe'), "across='pipe' must be one of"),
     (dict(data=3, slices=2), r'data=3 goes over slices=2, which do not divide it: data=4 would, or -1'),
     (dict(data=-1, tensor=8, slices=2), r'data=-1 is 1 on 8 devices, which slices=2 do not divide: slices=1 would')])
@@ -147,6 +148,16 @@ def test_zero_says_what_fsdp_splits():
            for zero in (1, 2, 3)}
   assert split == {1: ['moments'], 2: ['gradients', 'moments'], 3: ['weights', 'gradients', 'moments']}
   assert spec('DF', (8, 8), MESH, Layout(fsdp=2, zero=1).table('weights')) == P(None, 'tensor')
+
+
+def test_the_stream_is_split_along_rows_where_that_is_asked_and_possible():
+  layout = Layout(data=2, context=2, tensor=2, sequence=True)
+  mesh = layout.mesh()
+  where = lambda T, layout: spec('BTD', (4, T, 8), mesh, layout.table('stream'))
+  assert where(8, layout) == P('data', ('context', 'tensor'), None)
+  assert where(6, layout) == P('data', 'context', None)
+  assert where(8, dataclasses.replace(layout, sequence=False)) == P('data', 'context', None)
+  assert where(1, layout) == P('data', None, None)
 
 
 SMALL = dense.Config(vocab=96, layers=4, width=24, hidden=40, heads=12, kv_heads=6, head_width=4)

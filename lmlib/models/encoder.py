@@ -131,7 +131,7 @@ class Encoder(nn.Module):
       x_BTD += self.table_UD.astype(dtype)[jnp.zeros((1, 1), int) if types_BT is None else types_BT]
     x_BTD = self.embedding_norm(x_BTD) if ends.norm else x_BTD
     x_BTD, _ = self.blocks(x_BTD, (jnp.arange(cfg.layers), None), here, dropout_B)
-    return self.norm(x_BTD) if ends.final_norm else x_BTD
+    return sharding.gathered(self.norm(x_BTD) if ends.final_norm else x_BTD)
 
   def pooled(self, x_BTD):
     """What the pooler makes of the first token's state, BD."""

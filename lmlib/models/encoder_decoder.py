@@ -118,13 +118,15 @@ class WritingBlock(Block):
     cross = CrossAttention(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_width, cfg.sees_all, cfg.norms.epsilon,
                            self.out_scale, cfg.execution.attention, name='cross_attention')
 
-    x_BTD = sharding.constrain(x_BTD, 'BTD')
-    y_BTD, kv = self.attend(norm('attention_norm')(x_BTD), places, layer, kv)
-    x_BTD += drop(layers.after(self, 'attention_bottleneck', y_BTD), 0)
-    y_BTD, crossed = cross(norm('cross_attention_norm')(x_BTD), memory, crossed)
-    x_BTD += drop(layers.after(self, 'cross_attention_bottleneck', y_BTD), 1)
-    y_BTD, _ = self.feed(norm('mlp_norm')(x_BTD), places)
-    return x_BTD + drop(layers.after(self, 'mlp_bottleneck', y_BTD), 2), (kv, crossed if memory.kept else None)
+    before = lambda x_BTD, name: sharding.gathered(norm(f'{name}_norm')(x_BTD))
+    after = lambda y_BTD, name: sharding.scattered(layers.after(self, f'{name}_bottleneck', y_BTD))
+    x_BTD = sharding.stream(x_BTD)
+    y_BTD, kv = self.attend(before(x_BTD, 'attention'), places, layer, kv)
+    x_BTD += drop(after(y_BTD, 'attention'), 0)
+    y_BTD, crossed = cross(before(x_BTD, 'cross_attention'), memory, crossed)
+    x_BTD += drop(after(y_BTD, 'cross_attention'), 1)
+    y_BTD, _ = self.feed(before(x_BTD, 'mlp'), places)
+    return x_BTD + drop(after(y_BTD, 'mlp'), 2), (kv, crossed if memory.kept else None)
 
 
 class Tower(nn.Module):
@@ -141,7 +143,7 @@ class Tower(nn.Module):
     here = here.replace(bias_BKGTS=bias(x_BTD.shape[1], here))
     blocks = stack(self.block, per_layer[0].shape[0], cfg.execution, shared=1 + len(shared))(cfg, name='blocks')
     x_BTD, beside = blocks(x_BTD, per_layer, here, *shared)
-    return cfg.norms.norm('norm')(x_BTD), beside
+    return sharding.gathered(cfg.norms.norm('norm')(x_BTD)), beside
 
 
 class EncoderDecoder(nn.Module):

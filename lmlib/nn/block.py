@@ -58,18 +58,20 @@ class Block(nn.Module):
     layer, kv = per_layer
     norms = self.cfg.norms
     drop = self.dropping(2, layer, dropout_B)
-    before = lambda x, name: norms.norm(f'{name}_norm')(x) if norms.place in ('pre', 'both') else x
-    out = lambda y, name: norms.norm(f'{name}_out_norm')(y) if norms.place in ('output', 'both') else y
+    inside = lambda x, name: norms.norm(f'{name}_norm')(x) if norms.place in ('pre', 'both') else x
+    before = lambda x, name: sharding.gathered(inside(x, name))
+    behind = lambda y, name: norms.norm(f'{name}_out_norm')(y) if norms.place in ('output', 'both') else y
+    out = lambda y, name: behind(sharding.scattered(y), name)
     after = lambda x, name: norms.norm(f'{name}_norm')(x) if norms.place == 'post' else x
 
-    x_BTD = sharding.constrain(x_BTD, 'BTD')
+    x_BTD = sharding.stream(x_BTD)
     read_BTD = before(x_BTD, 'attention')
     y_BTD, kv = self.attend(read_BTD, places, layer, kv)
     y_BTD = layers.after(self, 'attention_bottleneck', y_BTD)
     if norms.parallel is not None:
       z_BTD, sums = self.feed(read_BTD if norms.parallel == 'one norm' else before(x_BTD, 'mlp'), places)
       z_BTD = layers.after(self, 'mlp_bottleneck', z_BTD)
-      return x_BTD + drop(y_BTD, 0) + drop(z_BTD, 1), (kv, sums)
+      return x_BTD + drop(out(y_BTD, 'attention'), 0) + drop(out(z_BTD, 'mlp'), 1), (kv, sums)
     x_BTD = after(x_BTD + drop(out(y_BTD, 'attention'), 0), 'attention')
     y_BTD, sums = self.feed(before(x_BTD, 'mlp'), places)
     y_BTD = layers.after(self, 'mlp_bottleneck', y_BTD)

@@ -133,7 +133,7 @@ class Decoder(nn.Module):
     x_BTD, kept, sums = self.run_blocks(x_BTD, None if cache is None else cache.layers, here, dropout_B)
     if cache is not None:
       cache = cache.after(kept, tokens_BT, here.coming)
-    x_BTD = self.norm(x_BTD) if cfg.ends.final_norm else x_BTD
+    x_BTD = sharding.gathered(self.norm(x_BTD) if cfg.ends.final_norm else x_BTD)
     return x_BTD if cfg.ends.logit_scale is None else x_BTD * cfg.ends.logit_scale, cache, sums
 
   def placed(self, here: Places) -> Places:

@@ -65,7 +65,8 @@ def test_microbatches_equal_the_large_batch(microbatches, one_device):
 @pytest.mark.parametrize('layout', [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2),
                                     dict(data=4, tensor=2), dict(data=2, context=4),
                                     dict(data=1, fsdp=2, context=2, tensor=2), dict(data=2, fsdp=4, zero=1),
-                                    dict(data=1, fsdp=4, tensor=2, zero=2)], ids=str)
+                                    dict(data=1, fsdp=4, tensor=2, zero=2),
+                                    dict(data=2, context=2, tensor=2, sequence=True)], ids=str)
 def test_eight_devices_equal_one(layout, one_device):
   assert_close(after(sharding.Layout(**layout)), one_device)
 
