@@ -31,8 +31,9 @@ NAMES = wire.Call('', 0, 0).names
 SLURM = ('SLURM_STEP_NODELIST', 'SLURM_STEP_NUM_TASKS', 'SLURM_PROCID')
 GRACE = 1.0  # seconds that process 0 has to find the fault itself which another process found
 CAUSE = 15.0  # seconds to hear why a connection between devices broke
-# What jax says when another process is gone; the reason comes over the wire.
-CONSEQUENCES = ('gloo', 'connection', 'socket', 'heartbeat', 'coordination', 'unavailable', 'barrier', 'peer')
+# What is said when another process is gone, by whoever passes it on and by jax itself; the reason comes over the wire.
+PASSED_ON = ('gloo', 'heartbeat', 'coordination', 'barrier')
+OF_JAX = (*PASSED_ON, 'connection', 'socket', 'unavailable', 'peer')
 
 _wire: wire.Wire | None = None
 
@@ -103,8 +104,8 @@ def fail(error: BaseException, line: str, status: int, *, shown: bool):
 def consequence(error: BaseException | None) -> bool:
   """Whether an error may only say that another process has ended."""
   while error is not None:
-    if isinstance(error, wire.Ended) or (type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError') and any(
-        word in str(error).lower() for word in CONSEQUENCES)):
+    words = OF_JAX if type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError') else PASSED_ON
+    if isinstance(error, wire.Ended) or any(word in str(error).lower() for word in words):
       return True
     error = error.__cause__
   return False

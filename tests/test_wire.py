@@ -1,5 +1,6 @@
 """Processes that meet, agree and end: the wire between them, in threads of one process."""
 import concurrent.futures
+import contextlib
 import os
 import queue
 import socket
@@ -45,6 +46,15 @@ def wires():
   for one, found in zip(made, faults):
     one.faults = found
   yield made
+  for one in made:
+    one.fault = one.fault or 'the test is over'
+  for lines, _ in met:
+    for line in lines.values():
+      with contextlib.suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
+  for thread in threading.enumerate():
+    if thread.name == 'wire':
+      thread.join(SOON)
   for lines, _ in met:
     for line in lines.values():
       line.close()
@@ -255,3 +265,18 @@ def test_one_process_agrees_with_itself():
   assert processes.told('x', lambda: os.getpid()) == os.getpid()
   assert processes.stop(None) is None
   assert processes.stop('SIGINT') == 'SIGINT'
+
+
+class JaxRuntimeError(RuntimeError):
+  """Of the name that jax's has."""
+
+
+@pytest.mark.parametrize(('error', 'follows'), [
+    (JaxRuntimeError('Connection closed by peer [127.0.0.1]:1'), True), (JaxRuntimeError('RESOURCE_EXHAUSTED'), False),
+    (OSError('checkpoint could not be written: UNKNOWN: Gloo AllGather failed'), True), (OSError('disk full'), False),
+    (wire.Ended(wire.Fault(1, 'bad', 2)), True), (ValueError('bad thing=3'), False)])
+def test_what_follows_from_the_end_of_another_is_no_reason(error, follows):
+  assert processes.consequence(error) == follows
+  outer = RuntimeError('outside')
+  outer.__cause__ = error
+  assert processes.consequence(outer) == follows

@@ -117,7 +117,7 @@ class Checkpoints:
     if processes.first():
       fresh = self._directory / f'{SCORES}.tmp'
       fresh.write_text(json.dumps(self._scores() | {step: scores[self._keep.best]}))
-      fresh.rename(self._directory / SCORES)
+      fresh.replace(self._directory / SCORES)
 
   def _scores(self) -> dict[int, float]:
     path = self._directory / SCORES

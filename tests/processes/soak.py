@@ -74,13 +74,14 @@ def soak(folder: pathlib.Path, *, kills: int, processes: int, seed: int = 0) -> 
   """Figures of a run of `processes` with so many kills; AssertionError if it does not end as one left alone."""
   draw, local = random.Random(seed), Local(processes, 1, restarts=kills + 2, wait=0.2)
   # A tenth of a second a batch, so that there is time to kill it; the last kill comes before the end.
-  more = [f'tiny.main.steps = {30 * kills + 20}', 'tiny.main.seconds = 0.1', 'tiny.main.save_every = 5']
+  more = [f'tiny.main.steps = {16 * kills + 20}', 'tiny.main.seconds = 0.1', 'tiny.main.save_every = 5']
   tiny, alone = (Tiny(folder / name) for name in ('killed', 'alone') if not (folder / name).mkdir(parents=True))
   launcher = launched(tiny, local, *more)
   took, begun = [], 0
   for _ in range(kills):
-    until(lambda: steps(tiny) >= begun + 1, launcher)  # noqa: B023, called here
-    time.sleep(draw.uniform(0.0, 2.5))
+    further = begun + draw.randint(1, 12)
+    until(lambda: steps(tiny) >= further, launcher)  # noqa: B023, called here
+    time.sleep(draw.uniform(0.0, 0.2))
     alive = children(launcher.pid)
     number = draw.randrange(len(alive))
     at, before = time.time(), stamp(tiny)

@@ -40,6 +40,7 @@ tiny.main.workdir = '{workdir}'
 def main(*, layout, workdir: str, steps: int = courses.STEPS, save_every: int = 5, fault: str | None = None,
          who: int = 1, at: int = 8, seconds: float = 0.0, keep: int | keeping.Keep = 2):
   """Trains to `steps`; process `who` has the fault when it makes batch `at`. seconds: that a batch takes."""
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   rows = courses.Rows()
   healthy = rows.batch_at
 
@@ -72,7 +73,6 @@ def main(*, layout, workdir: str, steps: int = courses.STEPS, save_every: int = 
 
 def full(workdir: str):
   """From here on a file of this process may have no more than 2 kB: what a full disk does to those of arrays."""
-  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 from flax import struct
 import jax
@@ -15,7 +16,7 @@ import optax
 import pytest
 
 from lmlib import sharding, trees
-from lmlib.train import checkpoint
+from lmlib.train import checkpoint, keeping
 
 LAYERS, WIDTH, HIDDEN = 3, 32, 64  # an array above 1 kB is stored as it is, others share nodes
 OPTIMIZER = optax.chain(  # named tuples, empty states, MaskedNodes and a state in bfloat16
@@ -132,6 +133,40 @@ def test_save_returns_before_the_disk_is_done(checkpoints, monkeypatch):
 def test_the_newest_are_kept(checkpoints):
   saved(checkpoints, 1, 2, 10, 9)
   assert checkpoints.steps() == [9, 10]
+
+
+def test_the_best_by_a_score_stays_also_for_the_next_session(tmp_path):
+  keep = keeping.Keep(1, best='held out/nats')
+  for session in ((1, 2, 3), (4, 5)):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=keep)
+    for step in session:
+      saved(checkpoints, step)
+      checkpoints.scored(step, {'held out/nats': float(abs(step - 2)), 'another': -float(step)})
+    checkpoints.close()
+  assert checkpoints.steps() == [2, 5]
+  with pytest.raises(ValueError, match="'held out/nats' is none of the scores of the evaluations: another"):
+    checkpoints.scored(5, {'another': 1.0})
+
+
+def test_a_write_that_takes_long_is_said_and_goes_on(tmp_path, monkeypatch, said):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=keeping.Keep(slow=0.05), say=said.append)
+  gate = threading.Event()
+  finalize = checkpoint.ocp.PyTreeCheckpointHandler.finalize
+  monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, 'finalize',
+                      lambda self, path: (gate.wait(20), finalize(self, path))[1])
+  checkpoints.save(1, new())
+  while not said:
+    time.sleep(0.01)
+  line, = said
+  path = tmp_path / '1.slow.0.txt'
+  assert line == (f'checkpoint of step 1 is being written for 0.05 s now and is not done; the run goes on; what all '
+                  f'threads do is in {path}')
+  assert 'Thread' in path.read_text()
+  gate.set()
+  checkpoints.wait()
+  saved(checkpoints, 2)  # in time, or not: nobody is left waiting
+  checkpoints.close()
+  assert checkpoints.steps() == [1, 2]
 
 
 def test_an_older_one_goes_only_when_a_newer_one_is_complete(tmp_path):

@@ -1,0 +1,150 @@
+"""What several real processes do when something goes wrong: minutes, so `pytest tests/processes/faults.py` by name.
+
+The default run of the tests has two processes (test_two.py) and the wire between them (tests/test_wire.py).
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.experiments.conftest import Command, texts  # noqa: F401, a fixture
+from tests.processes import soak
+from tests.processes.running import ROOT, Tiny
+from tests.train import courses
+
+
+@pytest.fixture
+def tiny(tmp_path):
+  return Tiny(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory) -> list[float]:
+  """The losses of a run in one process, on one device."""
+  folder = tmp_path_factory.mktemp('alone') / 'run'
+  courses.run(folder, courses.Rows())
+  return courses.losses_of(folder)
+
+
+def layout(**sizes) -> list[str]:
+  return [f'sharding.Layout.{name} = {size}' for name, size in ({'data': 1} | sizes).items()]
+
+
+def good(found):
+  for status, _, err in found:
+    assert (status, err) == (0, '')
+
+
+def test_a_run_goes_on_in_other_processes_on_other_meshes(tiny, alone):
+  """Four processes with weights split over them; two with the rows of a batch and its tokens split; then one."""
+  good(tiny.run(4, 'tiny.main.steps = 8', *layout(fsdp=4)))
+  good(tiny.run(2, 'tiny.main.steps = 14', *layout(fsdp=2, tensor=2), devices=2))
+  good(tiny.run(2, 'tiny.main.steps = 19', *layout(data=2, context=2), devices=2))
+  courses.run(tiny.workdir, courses.Rows())
+  assert tiny.losses == pytest.approx(alone, abs=1e-5)
+  assert len(set(tiny.data)) == courses.STEPS
+
+
+@pytest.mark.parametrize('who', [0, 2])
+def test_a_disk_that_is_full_for_one_is_one_line_and_nothing_is_lost(tiny, alone, who):
+  found = tiny.run(3, "tiny.main.fault = 'full'", f'tiny.main.who = {who}', 'tiny.main.at = 8', *layout(data=-1))
+  assert [status for status, *_ in found] == [1] * 3
+  line = found[0][2].splitlines()[-1]
+  assert 'File too large' in line, found
+  assert found[1][2] == ''
+  good(tiny.run(3, *layout(data=-1)))
+  assert tiny.losses == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_folder_that_has_vanished_is_one_line(tiny):
+  found = tiny.run(2, "tiny.main.fault = 'gone'", *layout(data=-1))
+  assert [status for status, *_ in found] == [1, 1]
+  assert 'No such file or directory' in found[0][2]
+  assert 'Traceback' not in found[0][2]
+
+
+def test_an_altered_array_is_set_aside_by_all(tiny, alone):
+  good(tiny.run(2, 'tiny.main.steps = 12', *layout(data=-1)))
+  assert {'10', '12'} <= set(tiny.checkpoints())
+  largest = max((tiny.workdir / 'checkpoints' / '12').rglob('d/*'), key=lambda path: path.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(data)
+  found = tiny.run(2, *layout(data=-1))
+  good(found)
+  assert 'checkpoint of step 12 is damaged' in found[0][1]
+  assert 'begin at 10' in found[0][1]
+  assert '12.damaged' in tiny.checkpoints()
+  assert tiny.losses == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize('who', [0, 1])
+def test_survivors_of_a_killed_process_end_within_half_a_minute_with_one_line(tiny, who):
+  processes = tiny.start(3, "tiny.main.fault = 'kill'", f'tiny.main.who = {who}', *layout(data=-1))
+  assert processes[who].wait(240) == -signal.SIGKILL
+  start = time.monotonic()
+  found = [process.communicate(timeout=60) for process in processes]
+  assert time.monotonic() - start < 30
+  survivor = 0 if who else 1
+  assert processes[survivor].returncode == 1
+  assert found[survivor][1].splitlines()[-1] == (
+      f'process {who} of 3 ended without a word (killed, out of memory, or its machine is gone); run the same command '
+      'to go on from the last checkpoint')
+
+
+def test_kills_at_random_leave_the_losses_of_a_run_that_was_left_alone(tmp_path):
+  found = soak.soak(tmp_path, kills=3, processes=4)
+  assert found['kills'] == 3
+
+
+def test_the_launcher_stops_a_pretraining_run_of_two_and_starts_it_again(tmp_path, texts):  # noqa: F811
+  """experiments/launch.py, experiments/pretrain.py: SIGTERM, status 75, the same command again, the report."""
+  ours = {'XLA_FLAGS', 'PJRT_NPROC'}
+  environment = {name: value for name, value in os.environ.items() if name not in ours} | {
+      'PYTHONPATH': str(ROOT), 'LMLIB_CACHE': str(tmp_path / 'cache'), 'JAX_PLATFORMS': 'cpu'}
+  run = Command(tmp_path, texts, environment)
+  run.gin.write_text(run.gin.read_text().replace('Cosine', 'Constant'))
+
+  def launch(steps: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, '-u', str(ROOT / 'experiments/launch.py'), '--gin_file=launch.gin',
+         f'--gin_bindings=RUN = ("{run.gin}",)', f'--gin_bindings=launch.main.bindings = ("STEPS = {steps}",)'],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+  first = launch(100_000)
+  soak.until(lambda: run.last_step() >= 3, first)
+  first.send_signal(signal.SIGTERM)
+  out, err = first.communicate(timeout=120)
+  assert first.returncode == 75, (out, err)
+  last = run.last_step()
+  assert err.splitlines()[-1].startswith('stopped by SIGTERM')
+  assert err.splitlines()[-1].endswith(f'after step {last} of 100000, saved; run the same command to go on')
+  second = launch(last + 5)
+  out, err = second.communicate(timeout=240)
+  assert second.returncode == 0, (out, err)
+  assert run.last_step() == last + 5
+  assert json.loads((run.workdir / 'report/summary.json').read_text())['steps'] == last + 5
+  assert (run.workdir / 'config.gin').is_file()
+
+
+def test_a_finished_run_of_two_is_scored_as_by_one(tmp_path, texts):  # noqa: F811
+  """Weights split over processes: perplexity, generation and the report."""
+  scores = []
+  for processes, sizes in ((2, ('sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2')), (1, ())):
+    folder = tmp_path / str(processes)
+    folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'PJRT_NPROC')} | {
+        'PYTHONPATH': str(ROOT), 'LMLIB_CACHE': str(tmp_path / 'cache'), 'JAX_PLATFORMS': 'cpu'}
+    run = Command(folder, texts, environment)
+    command = [sys.executable, '-u', str(ROOT / 'experiments/pretrain.py'), f'--gin_file={run.gin}',
+               *(f'--gin_bindings={binding}' for binding in ('STEPS = 12', *sizes))]
+    done = subprocess.run([sys.executable, '-c', soak.LAUNCH, json.dumps({'processes': processes, 'devices': 1}),
+                           json.dumps(command)], env=environment, cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, '')
+    scores.append(json.loads((run.workdir / 'report/summary.json').read_text())['bits_per_byte'])
+    assert (run.workdir / 'report/samples.txt').read_text()
+  assert scores[0] == pytest.approx(scores[1], abs=1e-5)
