@@ -258,6 +258,8 @@ def _listened(call: Call, hello: dict, timeout: float, answer) -> tuple[dict, An
         if fault is None:
           here[said['process']] = said | {'line': line}
     if fault is None:
+      for line, _ in waiting:  # strangers
+        line.close()
       told = answer()
       for number, one in here.items():
         if number:
