@@ -48,7 +48,8 @@ def main():
     size = trees.nbytes(saved) / 1e6
     figures[f'{size:.0f} MB'] = {'held_up': statistics.median(held[1:]), 'written': statistics.median(done[1:])}
     print(f'{size:8,.0f} MB: training waits {statistics.median(held[1:]):.3f} s '
-          f'({min(held[1:]):.3f} to {max(held[1:]):.3f}), on disk after {statistics.median(done[1:]):.3f} s', flush=True)
+          f'({min(held[1:]):.3f} to {max(held[1:]):.3f}), '
+          f'on disk after {statistics.median(done[1:]):.3f} s', flush=True)
   last = list(figures.values())[-1]
   ratio = last['held_up'] / last['written']
   print(json.dumps({'name': 'a save holds up training, share of writing', 'goal': GOAL, 'ratio': ratio,

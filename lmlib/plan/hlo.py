@@ -49,7 +49,8 @@ class Found:
     sums: dict[str, int] = {}
     for found in self.collectives:
       sums[found.axis] = sums.get(found.axis, 0) + found.sent
-    return ', '.join(f'{axis} {sent / 1e6:,.1f} MB' for axis, sent in sorted(sums.items(), key=lambda x: -x[1])) or 'none'
+    largest_first = sorted(sums.items(), key=lambda of: -of[1])
+    return ', '.join(f'{axis} {sent / 1e6:,.1f} MB' for axis, sent in largest_first) or 'none'
 
   def __str__(self):
     rows = [f'{found.kind:<20} {found.axis:<14} {found.dtype:<5} {found.places:>6} {found.count:>8,} '
