@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 import threading
+import time
 import warnings
 import zlib
 
@@ -183,7 +184,9 @@ class Checkpoints:
     self._watch.cancel()
     path, last = self._directory / str(step), self.latest()
     if processes.first():
-      self._discard(self._directory / f'{step}{PARTIAL}')
+      for _ in range(5):  # of what one failed write has stopped, others may still be under way
+        self._discard(self._directory / f'{step}{PARTIAL}')
+        time.sleep(0.1)
     return OSError(f'checkpoint of step {step} could not be written to {path}: {reason(error)}; '
                    + ('there is no earlier one' if last is None else f'the last good one is of step {last}'))
 

@@ -107,7 +107,7 @@ def test_another_run_is_refused_before_work_and_left_alone(attempt, command, fin
     text = text.replace(old, new)
   command.gin.write_text(text)
   with pytest.raises(ValueError, match='holds another run') as error:
-    attempt(f"WORKDIR = '{finished.workdir}'", 'sharding.Layout.data = 1', 'sharding.Layout.tensor = 8')
+    attempt(f"WORKDIR = '{finished.workdir}'", 'sharding.Layout.data = 4', 'sharding.Layout.tensor = 2')
   assert shown in str(error.value)
   assert str(finished.workdir) in str(error.value)
   assert contents(finished.workdir) == before
