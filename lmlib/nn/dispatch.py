@@ -120,7 +120,7 @@ def _travelled(compute, way: Ways, tokens: int, most, chosen: int, x_MD, sizes_E
     return trip(0, x_MD, count_ZE, weights)
   trips_Z = -(-count_ZE.reshape(devices, devices, here).sum((0, 2)) // rows)
   # The same on all devices of the mesh, for in a trip they meet.
-  trips = jax.lax.pmax(trips_Z.max(), way.rows + way.places)
+  trips = jax.lax.pmax(trips_Z.max(), sharding.MESH_AXES)
   return _trips(trip, trips, x_MD, count_ZE, weights)
 
 

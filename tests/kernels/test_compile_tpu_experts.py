@@ -1,5 +1,4 @@
 """A layer of experts on several TPUs is a program in which tokens travel to experts, and nobody gathers them all."""
-import math
 import re
 
 from flax import linen as nn
@@ -12,17 +11,17 @@ from lmlib import sharding
 from lmlib.nn.moe import Experts, MixtureOfExperts
 from lmlib.nn.places import places
 from lmlib.nn.router import TopK
-from lmlib.plan import compiled
+from lmlib.plan import compiled, hlo
 from lmlib.sharding import Layout
 
 pytest.importorskip('libtpu')
 
 T, D, F, E = 4096, 2048, 768, 128  # of Qwen3-30B-A3B
-KINDS = 'all-gather', 'all-reduce', 'all-to-all', 'ragged-all-to-all', 'reduce-scatter'
+TOKENS = T * D * 2  # bytes of those of one device
 
 
-def program(machine: str, layout: Layout, router: TopK) -> str:
-  """The compiled text of a layer and of all its gradients, with a row of tokens for each device."""
+def program(machine: str, layout: Layout, router: TopK) -> tuple[str, hlo.Found]:
+  """The text of a layer and of all its gradients, with a row of tokens for each device, and what they communicate."""
   devices = compiled.topology(machine).devices
   layer, x_BTD = MixtureOfExperts(D, Experts(E, F, router)), jax.ShapeDtypeStruct((len(devices), T, D), jnp.bfloat16)
   here = places(jnp.zeros(x_BTD.shape[:2], int))
@@ -36,14 +35,9 @@ def program(machine: str, layout: Layout, router: TopK) -> str:
     where = sharding.shardings(boxed), NamedSharding(mesh, sharding.spec('BTD', x_BTD.shape, mesh, layout.arrays))
     given = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                          (nn.unbox(boxed), x_BTD), where)
-    return jax.jit(jax.grad(total, (0, 1), has_aux=True), out_shardings=(where, None)).lower(*given).compile().as_text()
-
-
-def collectives(text: str) -> list[tuple[str, int]]:
-  """(kind, numbers in the largest result) of each."""
-  found = re.findall(r' = (\(.*?\)|\S+) (' + '|'.join(KINDS) + r')(?:-start)?\(', text)
-  size = lambda dims: math.prod(int(n) for n in dims.split(',') if n)
-  return [(kind, max(map(size, re.findall(r'\w\[([\d,]*)\]', shapes)))) for shapes, kind in found]
+    run = jax.jit(jax.grad(total, (0, 1), has_aux=True), out_shardings=(where, None))
+    text = run.lower(*given).compile().as_text()
+  return text, hlo.collectives(text, mesh)
 
 
 @pytest.mark.parametrize(('machine', 'layout', 'router'), [
@@ -52,21 +46,21 @@ def collectives(text: str) -> list[tuple[str, int]]:
     ('v5e:2x4', Layout(data=2, context=2, expert=2), TopK(8, capacity=1.0)),
     ('v5p:2x2x2', Layout(data=2, expert=4), TopK(8))])
 def test_tokens_travel_and_are_not_gathered(machine, layout, router):
-  text = program(machine, layout, router)
-  found = collectives(text)
+  text, found = program(machine, layout, router)
   # There and back, and both for gradients; for further trips again, with those made anew.
-  assert sum(kind == 'ragged-all-to-all' for kind, _ in found) >= 4
-  # Weights are gathered, and tokens nowhere.
-  weights, tokens = E // layout.expert * D * F // layout.tensor, T * D
-  gathered = [size for kind, size in found if kind == 'all-gather' and size >= tokens]
-  assert not gathered or (layout.fsdp > 1 and set(gathered) == {weights})
+  assert sum(c.places for c in found.collectives if (c.kind, c.axis) == ('ragged-all-to-all', 'expert')) == 9
+  assert found.sent(kind='ragged-all-to-all') >= 4 * 8 * TOKENS / 2
+  # Weights are gathered and their gradients summed, and tokens nowhere but the sums over hidden width.
+  rest = {(c.kind, c.axis): c.sent for c in found.collectives if c.kind != 'ragged-all-to-all' and c.sent > TOKENS / 8}
+  assert rest.keys() <= {('all-gather', 'fsdp'), ('reduce-scatter', 'fsdp'), ('all-reduce', 'tensor'),
+                         ('all-reduce', 'data'), ('all-reduce', 'data+context')}
   assert 'custom_call_target="tpu_custom_call"' in text
 
 
 def test_rows_are_split_where_experts_are_not():
   """Every device multiplies its own rows, by a kernel, and sorts nobody else's."""
-  text = program('v5e:2x2', Layout(data=4), TopK(8))
+  text, found = program('v5e:2x2', Layout(data=4), TopK(8))
   assert text.count('custom_call_target="tpu_custom_call"') == 9  # three products, each with its two gradients
   assert f'bf16[{T * 8},{D}]' in text
   assert not re.search(rf'(bf16|f32)\[{4 * T * 8},', text)
-  assert not [size for kind, size in collectives(text) if kind == 'all-gather' and size >= T * D]
+  assert found.sent(kind='all-gather') == found.sent(kind='all-to-all') == 0
