@@ -51,7 +51,7 @@ def test_tokens_travel_and_are_not_gathered(machine, layout, router):
   assert sum(c.places for c in found.collectives if (c.kind, c.axis) == ('ragged-all-to-all', 'expert')) == 9
   assert found.sent(kind='ragged-all-to-all') >= 4 * 8 * TOKENS / 2
   # Weights are gathered and their gradients summed, and tokens nowhere but the sums over hidden width.
-  rest = {(c.kind, c.axis): c.sent for c in found.collectives if c.kind != 'ragged-all-to-all' and c.sent > TOKENS / 8}
+  rest = {(c.kind, c.axis): c.sent for c in found.collectives if c.kind != 'ragged-all-to-all' and c.sent > TOKENS / 2}
   assert rest.keys() <= {('all-gather', 'fsdp'), ('reduce-scatter', 'fsdp'), ('all-reduce', 'tensor'),
                          ('all-reduce', 'data'), ('all-reduce', 'data+context')}
   assert 'custom_call_target="tpu_custom_call"' in text
