@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from lmlib import gin_text, trees
+from lmlib import gin_text, processes, sharding, trees
 from lmlib.data.tokenizer import Loaded, Tokenizer
 from lmlib.interop import folder, gguf, hf, peft
 from lmlib.models import protocol
@@ -81,7 +81,15 @@ def adapter_of(path: str, config: protocol.Config) -> Adapter:
 
 
 def write_adapter(path: pathlib.Path, adapter: Adapter, config: protocol.Config) -> str | None:
-  """Writes an adapter in PEFT's form to the folder `path`, in the place of what is there; or says why it has none."""
+  """Writes an adapter in PEFT's form to the folder `path`, in the place of what is there; or says why it has none.
+
+  Of several processes the first one writes.
+  """
+  whole = dataclasses.replace(adapter, tree=sharding.fetched(adapter.tree))
+  return processes.told('adapter', lambda: _written(path, whole, config))
+
+
+def _written(path: pathlib.Path, adapter: Adapter, config: protocol.Config) -> str | None:
   partial = path.with_name(f'{path.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)
   try:

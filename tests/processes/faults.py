@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+from tests.experiments import test_sft
 from tests.experiments.conftest import Command, texts  # noqa: F401, a fixture
+from tests.post import small
 from tests.processes import soak
 from tests.processes.running import ROOT, Tiny
 from tests.train import courses
@@ -131,20 +133,44 @@ def test_the_launcher_stops_a_pretraining_run_of_two_and_starts_it_again(tmp_pat
   assert (run.workdir / 'config.gin').is_file()
 
 
+def in_processes(count: int, command: list[str], folder) -> str:
+  """What is printed by a command that ends well in so many processes."""
+  environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'PJRT_NPROC')} | {
+      'PYTHONPATH': str(ROOT), 'LMLIB_CACHE': str(folder / 'cache'), 'JAX_PLATFORMS': 'cpu'}
+  local = json.dumps({'processes': count, 'devices': 1, 'restarts': 0})
+  done = subprocess.run([sys.executable, '-c', soak.LAUNCH, local, json.dumps(command)], env=environment, cwd=ROOT,
+                        text=True, capture_output=True, timeout=600)
+  assert (done.returncode, done.stderr) == (0, ''), done.stdout
+  return done.stdout
+
+
+SPLIT = 'sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2'
+
+
 def test_a_finished_run_of_two_is_scored_as_by_one(tmp_path, texts):  # noqa: F811
   """Weights split over processes: perplexity, generation and the report."""
   scores = []
-  for processes, sizes in ((2, ('sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2')), (1, ())):
+  for processes, sizes in ((2, SPLIT), (1, ())):
     folder = tmp_path / str(processes)
     folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'PJRT_NPROC')} | {
-        'PYTHONPATH': str(ROOT), 'LMLIB_CACHE': str(tmp_path / 'cache'), 'JAX_PLATFORMS': 'cpu'}
-    run = Command(folder, texts, environment)
-    command = [sys.executable, '-u', str(ROOT / 'experiments/pretrain.py'), f'--gin_file={run.gin}',
-               *(f'--gin_bindings={binding}' for binding in ('STEPS = 12', *sizes))]
-    done = subprocess.run([sys.executable, '-c', soak.LAUNCH, json.dumps({'processes': processes, 'devices': 1}),
-                           json.dumps(command)], env=environment, cwd=ROOT, text=True, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, '')
+    run = Command(folder, texts, {})
+    in_processes(processes, [sys.executable, '-u', str(ROOT / 'experiments/pretrain.py'), f'--gin_file={run.gin}', *(
+        f'--gin_bindings={binding}' for binding in ('STEPS = 12', *sizes))], tmp_path)
     scores.append(json.loads((run.workdir / 'report/summary.json').read_text())['bits_per_byte'])
     assert (run.workdir / 'report/samples.txt').read_text()
   assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_an_adapter_tuned_by_two_is_that_of_one(tmp_path):
+  source, chats = small.workdir(tmp_path / 'model'), small.chats(tmp_path / 'all.jsonl', 60)
+  scores = []
+  for processes, sizes in ((2, SPLIT), (1, ())):
+    folder = tmp_path / str(processes)
+    folder.mkdir()
+    (folder / 'tiny.gin').write_text(test_sft.GIN.format(source=source, chats=chats, workdir=folder / 'run'))
+    in_processes(processes, [sys.executable, '-u', str(ROOT / 'experiments/sft.py'), f'--gin_file={folder}/tiny.gin', *(
+        f'--gin_bindings={binding}' for binding in (*test_sft.LORA, *sizes))], tmp_path)
+    nats, = json.loads((folder / 'run/report/summary.json').read_text())['held_out']
+    scores.append((nats['before'], nats['after']))
+    assert (folder / 'run/adapter').is_dir()
+  assert scores[0] == pytest.approx(scores[1], abs=1e-4)
