@@ -244,7 +244,7 @@ def _ours(error, path) -> bool:
   return file.is_file() and not installed and not file.is_relative_to(sysconfig.get_path('stdlib'))
 
 
-def _flags(argv: list[str], path: pathlib.Path, of: tuple[str, ...]) -> flags.FlagValues:
+def _flags(argv: list[str], path: pathlib.Path, of: tuple[str, ...] = ()) -> flags.FlagValues:
   """The parsed flags. ValueError for a flag or word that is none of ours, or if no file is given."""
   values = flags.FlagValues()
   flags.DEFINE_multi_string('gin_file', [], 'a file of settings', flag_values=values)
@@ -262,7 +262,7 @@ def _flags(argv: list[str], path: pathlib.Path, of: tuple[str, ...]) -> flags.Fl
     meant = f"--gin_bindings='{words[0]}'" if '=' in words[0] else f'--gin_file={words[0]}'
     raise ValueError(f'{words[0]!r} belongs to no flag; did you mean {meant}?')
   if not values.gin_file and not values.help:
-    known = ', '.join(_leaves(of)) or 'none'
+    known = ', '.join(_leaves(of or (path.stem,))) or 'none'
     raise ValueError(f'--gin_file is missing; the files in {GIN_CONFIGS} for {path.stem} are: {known}')
   return values
 
