@@ -17,6 +17,7 @@ from experiments import pretrain
 from lmlib.data.explain import explain
 from lmlib.data.packing import Batches
 from lmlib.data.prepare import prepare
+from lmlib.train.spikes import Events
 
 
 def main(*, workdir: str, step: int, row: int = 0):
@@ -26,10 +27,12 @@ def main(*, workdir: str, step: int, row: int = 0):
   run = cli.saved(pretrain.main, workdir)
   model, length = run['model'], run['length']
   train = prepare(run['data'], say=print).train
-  known = json.loads((pathlib.Path(workdir).expanduser() / 'manifest.json').read_text())['identity']['data']
+  folder = pathlib.Path(workdir).expanduser()
+  known = json.loads((folder / 'manifest.json').read_text())['identity']['data']
   if train.fingerprint != known:
     raise ValueError(f'WORKDIR {workdir!r} was trained on other data than its source gives now: there {known}, '
                      f'here {train.fingerprint}')
   batches = Batches(train, run['batch'], model.length if length is None else length, run['seed'], run['packing'],
                     run['objective'], model.vocab)
-  print(explain(batches, step - 1, row, colours=sys.stdout.isatty()))
+  index = Events(folder).order().index(step - 1)
+  print(explain(batches, step - 1, row, index=index, colours=sys.stdout.isatty()))

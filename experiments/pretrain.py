@@ -41,10 +41,9 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
   `data` is a corpus or a mixture of several; `packing` fills rows with documents, `objective` says what of
   them is predicted. Gradients are summed over `microbatches`. Every `save_every` steps a checkpoint is written;
   the last `keep` stay, or those that a keeping.Keep says. `watch` is what to look out for (train/watch.py).
-  `evaluations` (eval/evaluations.py) run every
-  `evaluate_every` steps and after the last; what they find goes to evaluations.jsonl and TensorBoard. At the end a
-  decoder is scored on the held-out documents and continues each of `prompts`; a model with an encoder, or one that
-  learned to fill in, is scored by what its objective hides in them.
+  `evaluations` (eval/evaluations.py) run every `evaluate_every` steps and after the last; what they find goes to
+  evaluations.jsonl and TensorBoard. At the end a decoder is scored on the held-out documents and continues each of
+  `prompts`; a model with an encoder, or one that learned to fill in, is scored by what its objective hides in them.
   """
   config = gin_text.gin_text('experiments.pretrain.main', locals())
   length = model.length if length is None else length

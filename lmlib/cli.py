@@ -70,7 +70,7 @@ def run(file: str, of: tuple[str, ...] = ()):
     raise
   except BaseException as error:
     status, reason = _fault(error, path)
-    if shown := reason is None and not processes.consequence(error):
+    if shown := reason is None and (processes.count() == 1 or not processes.consequence(error)):
       traceback.print_exc()
     processes.fail(error, reason or traceback.format_exception_only(error)[-1].strip(), status, shown=shown)
     if not shown:

@@ -298,6 +298,8 @@ def main(*, what, steps: int = 1):
     raise OSError(28, 'No space left on device')
   if what == 'bug':
     raise KeyError('bug')
+  if what == 'alone':
+    raise RuntimeError('gloo: what several processes say of each other')
   if what == 'wait':
     print('waiting', flush=True)
     time.sleep(30)
@@ -364,6 +366,7 @@ def test_status(place, what, status, last):
 @pytest.mark.parametrize(('what', 'last'), [
     ('dependency', 'json.decoder.JSONDecodeError'),
     ('bug', "KeyError: 'bug'"),
+    ('alone', 'RuntimeError: gloo'),
 ])
 def test_what_nobody_foresaw_shows_its_traceback(place, what, last):
   status, _, err = finish(place, '--gin_file=quick.gin', f"--gin_bindings=WHAT = '{what}'")

@@ -11,20 +11,22 @@ import numpy as np
 HEADING, DIM, UNDERLINED, COLOURED, PLAIN = '\x1b[1m', '\x1b[2m', '\x1b[4m', '\x1b[36m', '\x1b[0m'
 
 
-def explain(batches, step: int, row: int, *, colours: bool = True) -> str:
+def explain(batches, step: int, row: int, *, index: int | None = None, colours: bool = True) -> str:
   """Row `row` of step `step` of packing.Batches, as lines of text. ValueError if there is no such row.
 
-  Steps count from 0, as in batch_at(); the text counts them from 1, as runs do.
+  Steps count from 0, as in batch_at(); the text counts them from 1, as runs do. index: of the batch that the step
+  read, where the run has left others out before it; None: its own.
 
   Without colours what is not learned stands in {braces}, and prefix in [brackets].
   """
   if not 0 <= row < batches.batch:
     raise ValueError(f'row={row} is none of the {batches.batch} of a step: give 0 to {batches.batch - 1}')
-  here = slice(row, row + 1)
-  (k, number, pieces), = batches.pieces(step, here)
-  batch = {name: values[0] for name, values in batches.batch_at(step, here).items()}
+  here, index = slice(row, row + 1), step if index is None else index
+  (k, number, pieces), = batches.pieces(index, here)
+  batch = {name: values[0] for name, values in batches.batch_at(index, here).items()}
   names, store, mark = batches.stores.names, batches.stores.stores[k], Marks(batches, colours)
-  share = f', {names[k]}: {100 * batches.stores.rate(step, k):.4g} % of the rows of this step' if len(names) > 1 else ''
+  rate = batches.stores.rate(index, k)
+  share = f', {names[k]}: {100 * rate:.4g} % of the rows of this step' if len(names) > 1 else ''
   lines = [f'{mark.heading(f"row {row} of step {step + 1}")} is row {number} of {store.path}{share}']
   for n, piece in enumerate(pieces, 1):
     size = int(np.diff(store.offsets[piece.document:piece.document + 2])[0])

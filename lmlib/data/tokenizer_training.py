@@ -22,17 +22,26 @@ RESERVED = str.maketrans('', '', SPACE + '\u2585\x00')
 
 def sentencepiece_model(config, texts: Iterable[str], characters: int) -> bytes:
   """A serialised model as a `tokenizer.SentencePiece` describes it. ValueError if the texts are too few."""
-  sentences = sampled((text.translate(RESERVED) for text in texts), config.sample / max(characters, 1))
-  model = io.BytesIO()
+  model, raised = io.BytesIO(), []
+
+  def sentences():
+    try:
+      yield from sampled((text.translate(RESERVED) for text in texts), config.sample / max(characters, 1))
+    except (Exception, KeyboardInterrupt) as error:  # of which SentencePiece makes a RuntimeError of its own
+      raised.append(error)
+      raise
+
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=model, model_type=config.model_type, vocab_size=config.pieces,
+        sentence_iterator=sentences(), model_writer=model, model_type=config.model_type, vocab_size=config.pieces,
         byte_fallback=True, split_digits=True, normalization_rule_name='identity', add_dummy_prefix=False,
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
         split_by_whitespace=not config.across_words, split_by_unicode_script=not config.across_words,
         max_sentencepiece_length=config.longest, character_coverage=config.coverage,
         max_sentence_length=8 * BLOCK, num_threads=1, minloglevel=3)
   except RuntimeError as error:
+    if raised:
+      raise raised[0] from None
     raise ValueError(f'SentencePiece.pieces={config.pieces} cannot be made from {characters} characters '
                      f'(coverage={config.coverage}): {reason(str(error))}') from error
   return model.getvalue()

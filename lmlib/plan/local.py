@@ -1,7 +1,6 @@
 """Several processes of one run on this machine: started, watched, and started again when one of them dies."""
 from collections.abc import Callable
 import contextlib
-import ctypes
 import dataclasses
 import os
 import signal
@@ -12,10 +11,19 @@ import time
 
 from lmlib import processes, wire
 from lmlib.plan import fake_devices
+from lmlib.train import health
 
 PATIENCE = 30.0  # seconds in which the others end by themselves once one has
 LONGEST = 60.0  # seconds to wait before a restart, at most
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+# What a process does first on Linux, so that it saves and ends when the launcher, argv[1], is killed: PR_SET_PDEATHSIG
+# is 1 in prctl.h. A program of its own, since threads, such as jax's, allow no Python between fork and exec.
+DIES_WITH_IT = '''
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+  os._exit(75)
+os.execv(sys.argv[2], sys.argv[2:])
+'''
 FINAL = (0, 2, 75)  # statuses after which the same command would do the same, or is not to run now
 
 
@@ -54,7 +62,7 @@ class Local:
         group = _Group([(command, self.environment(i, port)) for port in [wire.free_port()]
                         for i in range(self.processes)])
         status, why = group.ended(asked)
-        if status in FINAL or asked.number is not None:
+        if status in FINAL or asked.received is not None:
           return status
         if tried < self.restarts:
           pause = min(self.wait * 2 ** tried, LONGEST)
@@ -65,32 +73,21 @@ class Local:
       return 1
 
 
-class _Signals:
-  """Notes SIGTERM and Ctrl-C, and hands each on to `group` as SIGTERM."""
-
-  def __init__(self):
-    self.number, self.group, self._before = None, None, {}
-
-  def __enter__(self) -> '_Signals':
-    for number in (signal.SIGINT, signal.SIGTERM):
-      self._before[number] = signal.signal(number, self._on)
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+class _Signals(health.Signals):
+  """Notes SIGTERM and Ctrl-C, however many come, and hands each on to `group` as SIGTERM."""
+  group: '_Group | None' = None
 
   def _on(self, number, frame):
-    self.number = number
+    self.received = signal.Signals(number).name
     if self.group is not None:
       self.group.send(signal.SIGTERM)
 
   def within(self, seconds: float) -> bool:
     """Whether one came, waiting for it so long."""
     end = time.monotonic() + seconds
-    while self.number is None and time.monotonic() < end:
+    while self.received is None and time.monotonic() < end:
       time.sleep(0.05)
-    return self.number is not None
+    return self.received is not None
 
 
 class _Group:
@@ -100,9 +97,11 @@ class _Group:
     self._last, self._lock, self._threads = {}, threading.Lock(), []
     self._children = []
     for number, (command, environment) in enumerate(commands):
+      if sys.platform == 'linux':
+        command = [sys.executable, '-c', DIES_WITH_IT, str(os.getpid()), *command]
       child = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True,
                                errors='replace', stdout=None if number == 0 else subprocess.DEVNULL,
-                               stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_dies_with_its_parent())
+                               stdin=subprocess.DEVNULL, start_new_session=True)
       self._children.append(child)
       self._threads.append(threading.Thread(target=self._pass_on, args=[number, child.stderr], daemon=True))
       self._threads[-1].start()
@@ -110,7 +109,7 @@ class _Group:
   def ended(self, asked: _Signals) -> tuple[int, str]:
     """(status, why) once all have ended: of the first one that did not end well; 2 and 75 of anyone stand for all."""
     asked.group, found, deadline = self, {}, None
-    if asked.number is not None:
+    if asked.received is not None:
       self.send(signal.SIGTERM)
     while len(found) < len(self._children):
       for number, child in enumerate(self._children):
@@ -125,7 +124,7 @@ class _Group:
       thread.join(5)
     asked.group = None
     # Who was not ready to save yet is ended by the signal itself.
-    found = {number: 75 if asked.number and status == -signal.SIGTERM else status for number, status in found.items()}
+    found = {number: 75 if asked.received and status == -signal.SIGTERM else status for number, status in found.items()}
     bad = {number: status for number, status in found.items() if status}
     if not bad:
       return 0, ''
@@ -149,17 +148,3 @@ class _Group:
           self._last[number] = line.rstrip('\n')
           sys.stderr.write(line if number == 0 else f'[{number}] {line}')
           sys.stderr.flush()
-
-
-def _dies_with_its_parent():
-  """What a child does first on Linux, so that it saves and ends when its parent is killed; None elsewhere."""
-  if sys.platform != 'linux':
-    return None
-  prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-  def asked():
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it was too late
-      os._exit(75)
-
-  return asked

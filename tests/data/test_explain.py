@@ -19,6 +19,14 @@ def specials(small_store):
   return specials_after(small_store.tokenizer.vocab, 30)
 
 
+def test_a_step_may_have_read_a_later_batch(small_store):
+  made = batches(small_store)
+  of_step, *rest = explain(made, 1, 0, index=3, colours=False).splitlines()
+  _, *expected = explain(made, 3, 0, colours=False).splitlines()
+  assert of_step.startswith('row 0 of step 2 is')
+  assert rest == expected != explain(made, 1, 0, colours=False).splitlines()[1:]
+
+
 @pytest.mark.parametrize('packing', [Split(), BestFit()], ids=str)
 def test_it_names_the_documents_and_shows_their_text(small_store, packing):
   for row in range(6):

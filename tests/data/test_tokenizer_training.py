@@ -17,6 +17,19 @@ CONFIGS = [SentencePiece(pieces=330), SentencePiece(pieces=295, model_type='unig
            ByteLevelBpe(pieces=290, pattern='gpt2', specials=('<|im_start|>',)), Bytes()]
 
 
+@pytest.mark.parametrize('config', CONFIGS[:3], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(5, 'Input/output error')], ids=repr)
+def test_what_the_texts_raise_is_raised(config, error):
+  """Ctrl-C and a file that cannot be read are no faults of the settings."""
+  def texts():
+    yield from ENGLISH
+    raise error
+
+  with pytest.raises(type(error)) as raised:
+    config.train(texts(), SIZE)
+  assert raised.value is error
+
+
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda config: type(config).__name__)
 def test_training_is_deterministic_and_has_as_many_pieces_as_asked(config):
   one = config.train(iter(ENGLISH + CHINESE), SIZE)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmlib.data import index, pipeline, prepare
+from lmlib.train.spikes import Events
 from tests.experiments.conftest import ROOT
 
 
@@ -50,6 +51,15 @@ def test_explain_shows_a_row_of_the_run(finished, environment):
   out = run(environment, 'explain', WORKDIR=str(finished.workdir), STEP=2, ROW=1)
   assert out.startswith('row 1 of step 2 is row ')
   assert '\x1b' not in out, 'no colours where there is no terminal'
+
+
+def test_explain_shows_the_batch_that_a_step_read(finished, environment, tmp_path):
+  """Step 2 of a run that left its second batch out read the third."""
+  shutil.copytree(finished.workdir, tmp_path / 'run')
+  before = run(environment, 'explain', WORKDIR=str(tmp_path / 'run'), STEP=3, ROW=1)
+  Events(tmp_path / 'run').write({'step': 2, 'batch': 1, 'left_out': [1], 'rollback': 1})
+  after = run(environment, 'explain', WORKDIR=str(tmp_path / 'run'), STEP=2, ROW=1)
+  assert after.replace('step 2', 'step 3') == before
 
 
 def test_explain_refuses_other_data_than_the_run_had(finished, environment, tmp_path):
