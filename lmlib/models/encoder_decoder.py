@@ -119,7 +119,8 @@ class WritingBlock(Block):
                            self.out_scale, cfg.execution.attention, name='cross_attention')
 
     before = lambda x_BTD, name: sharding.gathered(norm(f'{name}_norm')(x_BTD))
-    after = lambda y_BTD, name: sharding.scattered(layers.after(self, f'{name}_bottleneck', y_BTD))
+    after = lambda y_BTD, name: layers.kept(
+        sharding.scattered(layers.after(self, f'{name}_bottleneck', y_BTD)), name.removeprefix('cross_'))
     x_BTD = sharding.stream(x_BTD)
     y_BTD, kv = self.attend(before(x_BTD, 'attention'), places, layer, kv)
     x_BTD += drop(after(y_BTD, 'attention'), 0)

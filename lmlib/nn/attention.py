@@ -82,6 +82,7 @@ class Attention(nn.Module):
       turns = self.of_kind(places.turns, kind)
       q_BTKGH = rotate(q_BTKGH.reshape(B, T, K * G, H), turns).reshape(B, T, K, G, H)
       k_BTKH = rotate(k_BTKH, turns)
+    q_BTKGH, k_BTKH, v_BTKH = map(layers.kept, (q_BTKGH, k_BTKH, v_BTKH), 'qkv')
     seen, rows = (k_BTKH, v_BTKH), places.rows
     if kv is not None:
       coming = places.coming
@@ -95,7 +96,7 @@ class Attention(nn.Module):
     if kv is not None:
       implementation = self.decoding if places.coming.step else 'auto'
     attended_BTKGH = self.attended(q_BTKGH, seen, rows, places, kind, implementation)
-    out_BTKGH = sharding.constrain(attended_BTKGH, 'BTKGH')
+    out_BTKGH = layers.kept(sharding.constrain(attended_BTKGH, 'BTKGH'), 'attended')
     return self.out(out_BTKGH), kv
 
   def out(self, out_BTKGH):

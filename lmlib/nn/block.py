@@ -61,7 +61,7 @@ class Block(nn.Module):
     inside = lambda x, name: norms.norm(f'{name}_norm')(x) if norms.place in ('pre', 'both') else x
     before = lambda x, name: sharding.gathered(inside(x, name))
     behind = lambda y, name: norms.norm(f'{name}_out_norm')(y) if norms.place in ('output', 'both') else y
-    out = lambda y, name: behind(sharding.scattered(y), name)
+    out = lambda y, name: behind(layers.kept(sharding.scattered(y), name), name)
     after = lambda x, name: norms.norm(f'{name}_norm')(x) if norms.place == 'post' else x
 
     x_BTD = sharding.stream(x_BTD)

@@ -11,6 +11,7 @@ import jax
 from lmlib import sharding
 from lmlib.kernels import attention as kernel
 from lmlib.kernels.attention import Rows
+from lmlib.nn import layers
 from lmlib.nn.attention import Attention
 from lmlib.nn.cache import Cache, taken
 
@@ -57,5 +58,5 @@ class CrossAttention(Attention):
       kv = self.normed(k_BSKH, 'k_norm'), v_BSKH
     pattern, = self.style.kinds
     attended_BTKGH = kernel.attention(q_BTKGH, *kv, pattern, memory.rows, implementation=implementation)
-    out_BTKGH = sharding.constrain(attended_BTKGH, 'BTKGH')
+    out_BTKGH = layers.kept(sharding.constrain(attended_BTKGH, 'BTKGH'), 'attended')
     return self.out(out_BTKGH), kv

@@ -95,7 +95,8 @@ class LatentAttention(nn.Module):
       implementation = self.decoding if places.coming.step else 'auto'
     out_BTKW = attend((q_BTKH, turned_BTKP), seen, rows, k_RKH, v_RKW, implementation)
     out_KWD = layers.weight(self, 'out', 'KWD', 'KW', self.out_scale).astype(dtype)
-    return layers.product('BTKW,KWD->BTD', sharding.constrain(out_BTKW, 'BTKW'), out_KWD), kept
+    out_BTKW = layers.kept(sharding.constrain(out_BTKW, 'BTKW'), 'attended')
+    return layers.product('BTKW,KWD->BTD', out_BTKW, out_KWD), kept
 
   def plain(self, q, seen, rows, k_RKH, v_RKW, implementation: str):
     """Attention with the keys and values that the latents stand for, BTKW."""
@@ -104,6 +105,7 @@ class LatentAttention(nn.Module):
     r_BSKP = jnp.broadcast_to(r_BSP[:, :, None], (*k_BSKH.shape[:3], r_BSP.shape[-1]))
     q_BTKGH = jnp.concatenate(q, -1)[:, :, :, None]
     k_BSKH = jnp.concatenate([k_BSKH, r_BSKP], -1)
+    q_BTKGH, k_BSKH, v_BSKW = map(layers.kept, (q_BTKGH, k_BSKH, v_BSKW), 'qkv')
     return kernel.attention(q_BTKGH, k_BSKH, v_BSKW, self.style.pattern, rows,
                             implementation=implementation)[:, :, :, 0]
 

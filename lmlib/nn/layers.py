@@ -14,10 +14,15 @@ from typing import Any
 from flax import linen as nn
 from flax import struct
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 
 from lmlib.sharding import Lettered
+
+# What Execution.remat may name: queries, keys and values as they meet, what heads have read, what a hidden layer makes
+# before its last product, and what attention and hidden layer add to the stream.
+KEPT = ('q', 'k', 'v', 'attended', 'hidden', 'attention', 'mlp')
 
 
 def weight(module: nn.Module, name: str, axes: str, fan_in: str, scale: float = 1.0) -> jax.Array:
@@ -104,6 +109,12 @@ def product(equation: str, x, w) -> jax.Array:
   lead, last = x.shape[:len(x_axes) - len(shared)], w.shape[len(shared):]
   size = math.prod(w.shape[:len(shared)])
   return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *last)
+
+
+def kept(x, name: str):
+  """x, which the backward pass finds in memory if Execution.remat names it; a name of KEPT."""
+  assert name in KEPT, name
+  return jax.ad_checkpoint.checkpoint_name(x, name)
 
 
 class RmsNorm(nn.Module):

@@ -43,7 +43,7 @@ class Mlp(nn.Module):
     hidden_BTF = self.activation(self.into(x_BTD, 'gate') if self.style.gated else self.into(x_BTD, 'up'))
     if self.style.gated:
       hidden_BTF *= self.into(x_BTD, 'up')
-    hidden_BTF = sharding.constrain(hidden_BTF, 'BTF')
+    hidden_BTF = layers.kept(sharding.constrain(hidden_BTF, 'BTF'), 'hidden')
     down_FD = layers.weight(self, 'down', 'FD', 'F', self.out_scale).astype(x_BTD.dtype)
     y_BTD = layers.product('BTF,FD->BTD', hidden_BTF, down_FD)
     if self.style.bias:

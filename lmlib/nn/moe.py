@@ -99,7 +99,7 @@ def computed(experts: Experts, weights: dict, x_MD, sizes_E, most: int | None):
   if style.gated:
     up_MF = product(x_MD, 'up')
     hidden_MF *= up_MF if limit is None else jnp.clip(up_MF, -limit, limit) + 1
-  return product(hidden_MF, 'down')
+  return product(layers.kept(hidden_MF, 'hidden'), 'down')
 
 
 def real(places: Places, B: int, T: int) -> jax.Array:

@@ -11,6 +11,7 @@ from lmlib import sharding
 from lmlib.kernels import cross_entropy
 from lmlib.kernels.attention import DECODING, IMPLEMENTATIONS
 from lmlib.nn import pipeline
+from lmlib.nn.layers import KEPT
 
 # What the backward pass finds in memory; the rest it computes again.
 REMAT = {
@@ -24,7 +25,7 @@ class Execution:
   """How a model is run: nothing here changes its weights or, but for dropout and rounding, its numbers."""
   dtype: str = 'float32'  # of activations; weights are float32
   scan: bool = True  # one program for all layers; False: unrolled, which compiles longer and may run faster
-  remat: str | None = None  # what the backward pass recomputes: None, 'dots' or 'full'
+  remat: str | tuple[str, ...] | None = None  # what the backward pass finds: None all, 'dots', 'full', or what it names
   dropout: float | None = None  # share of each block's output that training zeroes
   attention: str = 'auto'  # which of kernels.attention.IMPLEMENTATIONS; with a cache a prompt is read by 'auto'
   decoding: str = 'auto'  # which of kernels.attention.DECODING, for up to 16 tokens a row behind those that are cached
@@ -34,8 +35,10 @@ class Execution:
   def __post_init__(self):
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(f"Execution.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
-    if self.remat not in (None, *REMAT):
-      raise ValueError(f'Execution.remat={self.remat!r} must be None or one of {sorted(REMAT)}')
+    named = isinstance(self.remat, tuple) and bool(self.remat)
+    if not (named and set(self.remat) <= set(KEPT)) and (named or self.remat not in (None, *REMAT)):
+      raise ValueError(f'Execution.remat={self.remat!r} must be None, one of {sorted(REMAT)}, or a tuple of tensors to '
+                       f'keep, of {KEPT}')
     if self.attention not in ('auto', *IMPLEMENTATIONS):
       raise ValueError(f"Execution.attention={self.attention!r} must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
     if self.decoding not in ('auto', *DECODING):
@@ -74,7 +77,9 @@ def beside_stages(block: type[nn.Module], layers: int, execution: Execution, *, 
 def scanned(block: type[nn.Module], layers: int, execution: Execution, *, shared: int):
   """A stack() for a device that has the weights of all layers."""
   if execution.remat is not None:
-    block = nn.remat(block, policy=REMAT[execution.remat], prevent_cse=not execution.scan)
+    named = jax.checkpoint_policies.save_only_these_names
+    policy = named(*execution.remat) if isinstance(execution.remat, tuple) else REMAT[execution.remat]
+    block = nn.remat(block, policy=policy, prevent_cse=not execution.scan)
   return nn.scan(block, length=layers, unroll=1 if execution.scan else layers,
                  variable_axes={'params': 0, 'intermediates': 0}, split_rngs={'params': True},
                  in_axes=(0, *(nn.broadcast,) * shared), metadata_params={nn.PARTITION_NAME: 'L'})

@@ -11,7 +11,7 @@ import math
 import jax
 import optax
 
-from lmlib.optim import settings
+from lmlib.optim import moments, settings
 from lmlib.optim.kinds import fans, kinds
 from lmlib.optim.optimizer import Optimizer
 
@@ -31,6 +31,7 @@ class Muon(Optimizer):
   beta1: float = 0.9  # beta1, beta2, epsilon: of AdamW
   beta2: float = 0.95
   epsilon: float = 1e-8
+  moments: str = 'float32'  # a form of moments.FORMS, between steps
 
   def __post_init__(self):
     super().__post_init__()
@@ -38,6 +39,7 @@ class Muon(Optimizer):
     settings.choice(self, 'scaling', ('adamw', 'width'))
     settings.whole(self, 1, 'iterations')
     settings.positive(self, 'epsilon')
+    settings.choice(self, 'moments', moments.FORMS)
 
   def _direction(self, letters):
     of = kinds(letters)
@@ -48,7 +50,8 @@ class Muon(Optimizer):
         optax.contrib.scale_by_muon(ns_steps=self.iterations, beta=self.momentum,
                                     weight_dimension_numbers=split),
         optax.stateless(lambda updates, _: jax.tree.map(self._scaled, updates, split)))
-    return optax.partition({'matrix': muon, 'embedding': adam, 'vector': adam}, of)
+    whole = optax.partition({'matrix': muon, 'embedding': adam, 'vector': adam}, of)
+    return moments.stored(whole, self.moments, letters)
 
   def _scaled(self, update, split):
     fan_in, fan_out = (math.prod(update.shape[i] for i in axes) for axes in split)

@@ -99,15 +99,17 @@ def test_remat_changes_memory_and_not_numbers(config):
   config = dataclasses.replace(config, layers=4)
   params, tokens_BT = made(config), tokens(config, 4, 32)
   found = {}
-  for remat in (None, 'dots', 'full'):
+  names = ('attended', 'hidden')
+  for remat in (None, 'dots', 'full', names):
     model = executed(config, remat=remat)
     gradient = jax.jit(jax.grad(lambda p, m=model: (logits(m, p, tokens_BT)**2).sum()))
     compiled = gradient.lower(params).compile()
     found[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(params)
   memory = {remat: size for remat, (size, _) in found.items()}
   assert memory['full'] < memory['dots'] < memory[None], memory
+  assert memory['full'] < memory[names] < memory[None], memory
   largest = max(np.abs(x).max() for x in jax.tree.leaves(found[None][1]))
-  for remat in ('dots', 'full'):
+  for remat in ('dots', 'full', names):
     for a, b in zip(jax.tree.leaves(found[remat][1]), jax.tree.leaves(found[None][1])):
       # Other orders of sums; that of a bias of keys is 0 but for rounding, so the largest gradient counts too.
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-7 * largest)
