@@ -133,8 +133,7 @@ def through(stage, layers, x_BTD, shared):
     groups = jax.tree.map(functools.partial(_dealt, schedule), layers)
     followed, fixed, whole = _parted(schedule, shared, microbatch)
 
-    def work(group, real, turn, x_BTD, followed, fixed):
-      group = jax.tree.map(lambda x: x[0] if schedule.rounds == 1 else x[turn], group)
+    def work(group, real, x_BTD, followed, fixed):
       group, x_BTD, followed, fixed = _heeded(real, (group, x_BTD, followed, fixed))
       return stage(group, x_BTD, whole(followed, fixed))
 
@@ -143,7 +142,8 @@ def through(stage, layers, x_BTD, shared):
     def tick(state, coming):
       x, first, real, turn, followed = coming
       passed = _onward(state)
-      state, beside = work(groups, real, turn, jnp.where(first[:, None, None, None], x, passed), followed, fixed)
+      x = jnp.where(first[:, None, None, None], x, passed)
+      state, beside = work(_of_round(groups, turn), real, x, followed, fixed)
       return state, (passed, beside)
 
     x_mBTD = _rows(schedule, sharding.constrain(x_BTD, 'BTD'))
@@ -256,6 +256,16 @@ def _dealt(schedule: Schedule, x):
   """(stages, rounds, layers of a group, ...) of an array with L in front: a round goes on where the last one ended."""
   s, r = schedule.stages, schedule.rounds
   return x.reshape(r, s, x.shape[0] // (r * s), *x.shape[1:]).swapaxes(0, 1)
+
+
+def _of_round(groups, turn):
+  """Of every stage the group of layers that it has for its round."""
+  if jax.tree.leaves(groups)[0].shape[1] == 1:
+    return jax.tree.map(lambda x: x[:, 0], groups)
+  mine = lambda groups, turn: jax.tree.map(lambda x: x[:, turn[0]], groups)
+  # Of a gather XLA does not see that every stage reads from itself alone.
+  return jax.shard_map(mine, in_specs=(PartitionSpec(AXIS),) * 2, out_specs=PartitionSpec(AXIS), axis_names={AXIS},
+                       check_vma=False)(groups, turn)
 
 
 def _by_layer(schedule: Schedule, beside):
