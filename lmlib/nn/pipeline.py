@@ -115,7 +115,7 @@ def divides(layers: int):
   if layers % (stages * rounds):
     fits = [n for n in range(1, layers + 1) if layers % (n * rounds) == 0]
     more = f' x Pipeline.rounds={rounds}' if rounds > 1 else ''
-    works = f'stage={fits[-1] if stages > fits[-1] else max(n for n in fits if n <= stages)}' if fits else 'rounds=1'
+    works = f'stage={max((n for n in fits if n <= stages), default=fits[-1])}' if fits else 'stage=1 with rounds=1'
     raise ValueError(f'Layout.stage={stages}{more} does not divide the {layers} layers of a stack: {works} does, or '
                      f'{-(-layers // (stages * rounds)) * stages * rounds} layers')
 
