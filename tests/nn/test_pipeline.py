@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from lmlib import sharding
+from lmlib.kernels.attention import Pattern
 from lmlib.models import protocol
 from lmlib.nn import pipeline
+from lmlib.nn.attention import AttentionStyle
 from lmlib.nn.moe import Experts
 from lmlib.nn.router import TopK
 from lmlib.sharding import Layout, Pipeline
@@ -19,7 +21,7 @@ deep = lambda name, **changes: dataclasses.replace(CONFIGS[name], **{'layers': 4
 MODELS = {
     'dense': executed(deep('dense'), dropout=0.3),
     'dense remat': executed(deep('dense'), scan=False, remat='full'),
-    'sandwich': executed(deep('sandwich'), remat='dots'),
+    'windows': executed(deep('dense', attention=AttentionStyle(patterns=(Pattern(window=3), Pattern()))), remat='dots'),
     'moe': deep('moe', heads=2, experts=Experts(4, 16, TopK(2, balanced=True, balance_loss=0.01, z_loss=0.01,
                                                             capacity=1.5))),
 }
@@ -73,8 +75,7 @@ def assert_equal(found, wanted):
 @pytest.mark.parametrize(('model', 'layout'), [
     ('dense', Layout(stage=2, fsdp=2, tensor=2)),
     ('dense remat', Layout(stage=4, fsdp=2, pipeline=Pipeline(1))),
-    ('dense remat', Layout(stage=2, data=4, pipeline=Pipeline(2, rounds=2))),
-    ('sandwich', Layout(stage=2, context=2, data=2, pipeline=Pipeline(4, rounds=2))),
+    ('windows', Layout(stage=2, data=4, pipeline=Pipeline(4, rounds=2))),
     ('moe', Layout(stage=2, fsdp=4)),
 ], ids=lambda x: str(x))
 def test_stages_equal_one_device(model, layout):

@@ -35,7 +35,8 @@ OF_EXPERTS = {
 CASES = [('dense', layout) for layout in LAYOUTS]
 OF_DENSE = 'data fsdp', 'context', 'zero 2 tensor', 'slices'
 CASES += [('experts', layout) for layout in LAYOUTS if layout not in OF_DENSE]
-CASES += [('local', 'fsdp context tensor'), ('latent', 'data fsdp tensor')]
+CASES += [('local', 'fsdp context tensor'), ('local', 'rounds'), ('latent', 'data fsdp tensor'),
+          ('latent', 'stage fsdp tensor')]
 CASES += [(model, layout) for model in ('experts', 'latent') for layout in OF_EXPERTS if model == 'experts'
           or layout not in ('data expert context', 'stage expert')]
 SPECIALS = objectives.specials_after(300, 4)
