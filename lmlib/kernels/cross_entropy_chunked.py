@@ -10,30 +10,51 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lmlib import sharding
+
 CHUNK = 512  # positions at once, all rows of the batch together
 
 
 def _cut(arrays, count: int, size: int):
-  """B T ... -> count B size ..., the last chunk filled up with zeros, which weigh nothing."""
+  """B T ... -> count B size ..., the last chunk filled up with zeros, which weigh nothing.
+
+  Where a layout splits rows a chunk has positions of every part of them, so that none has to move.
+  """
+  parts = _parts(jax.tree.leaves(arrays)[0].shape[1])
 
   def cut(y_BT):
-    B, T = y_BT.shape[:2]
-    filled = jnp.pad(y_BT, [(0, 0), (0, count * size - T)] + [(0, 0)] * (y_BT.ndim - 2))
-    return filled.reshape(B, count, size, *y_BT.shape[2:]).swapaxes(0, 1)
+    B, T, *more = y_BT.shape
+    y = y_BT.reshape(B, parts, T // parts, *more)
+    y = jnp.pad(y, [(0, 0), (0, 0), (0, count * size // parts - T // parts)] + [(0, 0)] * len(more))
+    y = y.reshape(B, parts, count, size // parts, *more).transpose(2, 0, 1, 3, *range(4, 4 + len(more)))
+    return y.reshape(count, B, size, *more)
 
   return jax.tree.map(cut, arrays)
 
 
-def _joined(parts, T: int):
+def _joined(arrays, T: int):
   """count B size ... -> B T ..."""
-  joined = lambda y: y.swapaxes(0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T]
-  return jax.tree.map(joined, parts)
+  parts = _parts(T)
+
+  def joined(y):
+    count, B, size, *more = y.shape
+    y = y.reshape(count, B, parts, size // parts, *more).transpose(1, 2, 0, 3, *range(4, 4 + len(more)))
+    return y.reshape(B, parts, -1, *more)[:, :, :T // parts].reshape(B, T, *more)
+
+  return jax.tree.map(joined, arrays)
+
+
+def _parts(T: int) -> int:
+  """Into how many parts the layout in use splits rows of T positions."""
+  size = sharding.size('context')
+  return size if T % size == 0 else 1
 
 
 def _sizes(B: int, T: int) -> tuple[int, int]:
-  """How many chunks of how many positions of each row."""
-  size = max(1, min(T, CHUNK // B))
-  return -(-T // size), size
+  """How many chunks of how many positions of each row, as many of each of its parts."""
+  parts = _parts(T)
+  size = max(1, min(T, CHUNK // B) // parts)
+  return -(-T // parts // size), size * parts
 
 
 def _scored(x_BTD, w_DV, logits):
@@ -50,6 +71,8 @@ def _pulled(dlogits_BTV, x_BTD, w_DV):
   """dx_BTD and dw_DV, the latter float32, of the gradient of products."""
   dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
   dx_BTD = jnp.einsum('BTV,DV->BTD', dlogits_BTV, w_DV)
+  if sharding.size('context') > 1:  # one axis of B * T would bring together rows that are split
+    return dx_BTD, jnp.einsum('BTD,BTV->DV', x_BTD, dlogits_BTV, preferred_element_type=jnp.float32)
   x_MD, dlogits_MV = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, dlogits_BTV))  # sums over one axis are faster
   return dx_BTD, jnp.einsum('MD,MV->DV', x_MD, dlogits_MV, preferred_element_type=jnp.float32)
 

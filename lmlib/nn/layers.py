@@ -18,6 +18,7 @@ import jax.ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 
+from lmlib import sharding
 from lmlib.sharding import Lettered
 
 # What Execution.remat may name: queries, keys and values as they meet, what heads have read, what a hidden layer makes
@@ -107,6 +108,8 @@ def product(equation: str, x, w) -> jax.Array:
   assert w_axes.startswith(shared), equation
   assert out == x_axes.removesuffix(shared) + w_axes.removeprefix(shared), equation
   lead, last = x.shape[:len(x_axes) - len(shared)], w.shape[len(shared):]
+  if sharding.size('context') > 1:  # one axis of B * T would bring together rows that are split
+    return jnp.einsum(equation, x, w)
   size = math.prod(w.shape[:len(shared)])
   return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*lead, *last)
 

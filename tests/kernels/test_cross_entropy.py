@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmlib import sharding
 from lmlib.eval import loglikelihood
 from lmlib.kernels import cross_entropy as kernel
 from lmlib.kernels import cross_entropy_chunked
@@ -121,6 +122,21 @@ def test_bfloat16_sums_in_float32(name):
   rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
   expected, _ = loops(rounded(x_BTD), rounded(rest[0]), *rest[1:], 0.0)
   np.testing.assert_allclose(sums, expected, rtol=1e-5)  # w is rounded where it multiplies; sums are not
+
+
+@pytest.mark.parametrize('context', [2, 8])
+def test_chunks_of_rows_that_a_layout_splits(context, monkeypatch):
+  """A chunk has positions of every part of a row; the last is not full; 8 devices cannot split a row of ten."""
+  monkeypatch.setattr(cross_entropy_chunked, 'CHUNK', 12)
+  given = arrays()
+  with sharding.use(sharding.Layout(data=1, context=context), jax.devices()[:context]):
+    sums, gradients = computed('chunked', given, Z_LOSS)
+    lse_BT, target_BT, _, _ = jax.jit(kernel.facts)(*given[:3])
+  sums_, gradients_ = loops(*given, Z_LOSS)
+  assert_close((*sums, *gradients), (*sums_, *gradients_))
+  logits_BTV = given[0].astype(np.float64) @ given[1]
+  np.testing.assert_allclose(lse_BT, np.log(np.exp(logits_BTV).sum(-1)), rtol=1e-5)
+  np.testing.assert_allclose(target_BT, np.take_along_axis(logits_BTV, given[2][..., None], -1)[..., 0], atol=1e-5)
 
 
 def plain(x_BTD, w_DV, targets_BT, slope_BT, slope_of_entropy_BT, softcap, temperature):
