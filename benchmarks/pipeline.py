@@ -16,7 +16,7 @@ import pathlib
 import platform
 import sys
 
-STAGES, LAYERS, WIDTH, VOCAB, ROWS, LENGTH = 4, 8, 256, 1024, 32, 128
+STAGES, LAYERS, WIDTH, VOCAB, ROWS, LENGTH = 4, 8, 256, 1024, 32, 120
 CASES = ((4, 1), (8, 1), (16, 1), (32, 1), (8, 2), (16, 2))  # microbatches and rounds
 
 
@@ -50,17 +50,17 @@ def counted(machine: str | None, microbatches: int, rounds: int) -> dict:
   from lmlib.plan import hlo
 
   step, mesh = program(machine, microbatches, rounds)
-  found = hlo.collectives(step.as_text(), mesh)
-  # An output is as large as a microbatch of the stream; once more each way its last one leaves the pipeline.
-  sent = 2 * ROWS // microbatches * LENGTH * WIDTH
-  permuted = [one for one in found.collectives if one.kind == 'collective-permute' and one.dtype in ('bf16', 'f32')]
-  onward = [one for one in permuted if one.sent == one.count * sent * (2 if one.dtype == 'f32' else 1)]
+  found, _ = hlo.apart(step.as_text(), mesh)
+  # An output is as large as a microbatch of the stream, and no weight is; each way a last one leaves the pipeline.
+  numbers = ROWS // microbatches * LENGTH * WIDTH
+  onward = [one for one in found if one.kind == 'collective-permute'
+            and one.sent == one.count * numbers * {'bf16': 2, 'f32': 4}.get(one.dtype, 0)]
   ticks = sum(one.count for one in onward) // 2 - 1
   memory = step.memory_analysis()
   return {'ticks': ticks, 'bubbles': 1 - rounds * microbatches / ticks,
           'formula': (STAGES - 1) / (rounds * microbatches + STAGES - 1),
           'onward': sum(one.sent for one in onward) / 1e6,
-          'others': (found.sent() - sum(one.sent for one in onward)) / 1e6,
+          'others': sum(one.sent for one in found if one not in onward) / 1e6,
           'temporary': memory.temp_size_in_bytes / 1e6}
 
 

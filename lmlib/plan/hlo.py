@@ -62,19 +62,28 @@ class Found:
 
 def collectives(text: str, mesh: Mesh) -> Found:
   """What a program compiled over `mesh` communicates, from its text (jax.stages.Compiled.as_text())."""
+  each, unknown = apart(text, mesh)
+  sums = {}
+  for one in each:
+    key = one.kind, one.axis, one.dtype
+    places, count, sent = sums.get(key, (0, 0, 0))
+    sums[key] = places + one.places, count + one.count, sent + one.sent
+  found = [Collective(*key, *values) for key, values in sums.items() if values[2]]
+  return Found(tuple(sorted(found, key=lambda c: -c.sent)), unknown)
+
+
+def apart(text: str, mesh: Mesh) -> tuple[list[Collective], int]:
+  """(every collective of a program's text by itself, how many loops run nobody knows how often)."""
   computations, entry = _computations(text)
-  sums, unknown = {}, 0
+  found, unknown = [], 0
   for kind, instruction, times, known in _walked(computations, entry, 1):
     if kind == 'while':
       unknown += not known
       continue
     groups = _groups(instruction, mesh.size)
     for dtype, size in _whole(kind, instruction, groups).items():
-      key = kind, _axis(groups, mesh, kind), dtype
-      places, count, sent = sums.get(key, (0, 0, 0))
-      sums[key] = places + 1, count + times, sent + times * _sent(kind, size, groups)
-  found = [Collective(*key, *values) for key, values in sums.items() if values[2]]
-  return Found(tuple(sorted(found, key=lambda c: -c.sent)), unknown)
+      found.append(Collective(kind, _axis(groups, mesh, kind), dtype, 1, times, times * _sent(kind, size, groups)))
+  return found, unknown
 
 
 @dataclasses.dataclass(frozen=True)

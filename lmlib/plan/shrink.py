@@ -45,8 +45,8 @@ def model(whole: protocol.Config, small: Layout, vocab: int) -> protocol.Config:
   for name in ('layers', 'encoder_layers'):
     if (layers := getattr(whole, name, None)) is not None:
       least = max(2, patterns if name == 'layers' else 2, 2 if getattr(whole, 'dense_layers', 0) else 1)
-      several = small.stage * small.pipeline.rounds
-      changes[name] = min(layers, -(-least // several) * several)
+      several, outside = small.stage * small.pipeline.rounds, min(getattr(whole, 'dense_layers', 0), 1)
+      changes[name] = min(layers, outside - (outside - least) // several * several)  # stages share those not outside
   fields = {field.name for field in dataclasses.fields(whole)}
   return _smaller(whole, {name: value for name, value in changes.items() if name in fields})
 

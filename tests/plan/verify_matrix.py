@@ -19,7 +19,7 @@ from lmlib.train import encoder_losses, losses
 LOCAL = AttentionStyle(qk_norm='head', sinks=True, patterns=(Pattern(window=5, softcap=5.0), Pattern()))
 MODELS = {'dense': dense.Config(layers=4, heads=8, kv_heads=4), 'local': dense.Config(layers=4, attention=LOCAL),
           'experts': moe.Config(layers=4, experts=Experts(8, 64, TopK(2, balance_loss=1e-2, z_loss=1e-3))),
-          'latent': latent_moe.Config(layers=2, heads=8)}
+          'latent': latent_moe.Config(layers=3, heads=8)}
 ONE = dict(data=1)
 LAYOUTS = {
     'data': dict(data=8), 'fsdp': ONE | dict(fsdp=8), 'data fsdp': dict(data=2, fsdp=4), 'tensor': ONE | dict(tensor=8),

@@ -1,0 +1,66 @@
+"""What layouts change in programs for TPUs: memory by ZeRO, collectives by sequence and context. Minutes of libtpu."""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+import pytest
+
+from lmlib import sharding, trees
+from lmlib.models import dense, protocol
+from lmlib.nn.stack import Execution
+from lmlib.optim.adamw import AdamW
+from lmlib.optim.schedules import Constant
+from lmlib.plan import compiled, hlo
+from lmlib.sharding import Layout
+from lmlib.train import losses
+from lmlib.train import step as step_of
+
+pytestmark = pytest.mark.skipif(not compiled.available(), reason='libtpu is not installed')
+B, T, WIDTH = 16, 256, 512
+CONFIG = dense.Config(vocab=1024, layers=2, width=WIDTH, hidden=2048, heads=4, kv_heads=4, head_width=128, length=T,
+                      execution=Execution(dtype='bfloat16', remat='full'))
+
+
+@functools.cache
+def program(layout: Layout):
+  """(memory_analysis() of a compiled step on eight v5e, its collectives, bytes of all weights)."""
+  tx = AdamW(Constant(1e-3)).transformation(sharding.letters(protocol.boxed(CONFIG)), 10)
+  with sharding.use(layout, compiled.topology('v5e:2x4').devices) as mesh:
+    shapes = step_of.shapes(CONFIG, tx)
+    where = NamedSharding(mesh, sharding.spec('BT', (B, T), mesh, layout.arrays))
+    batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where)
+             for name in ('tokens_BT', 'targets_BT', 'segments_BT')}
+    batch['weight_BT'] = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=where)
+    made = step_of.compiled(losses.NextToken().of(CONFIG), tx, 1, shapes).lower(shapes, batch).compile()
+    return made.memory_analysis(), hlo.collectives(made.as_text(), mesh), trees.nbytes(shapes.params)
+
+
+def test_a_device_keeps_what_zero_says():
+  of = {zero: program(Layout(data=1, fsdp=8, zero=zero)) for zero in (1, 2, 3)}
+  for zero, (memory, _, weights) in of.items():
+    share = 2 * weights // 8 + weights // (8 if zero == 3 else 1)
+    assert 0 <= memory.argument_size_in_bytes - share < 0.02 * weights  # counts, a batch, padding
+  gradients = 0.5 * of[1][2]
+  assert of[2][0].temp_size_in_bytes < of[1][0].temp_size_in_bytes - gradients
+  # Gradients are bfloat16 where they are reduced; weights that changed are gathered in float32.
+  assert of[1][1].sent(kind='all-gather', dtype='f32') == pytest.approx(of[1][2] * 7 / 8, rel=0.02)
+  assert of[1][1].sent(kind='all-reduce', dtype='bf16') == pytest.approx(of[1][2] * 7 / 8, rel=0.1)
+
+
+def test_a_stream_that_is_split_is_scattered_and_gathered():
+  (whole, reduced, _), (split, scattered, _) = (
+      program(Layout(data=2, tensor=4, sequence=sequence)) for sequence in (False, True))
+  assert scattered.sent(kind='all-reduce', axis='tensor') < 0.2 * reduced.sent(kind='all-reduce', axis='tensor')
+  assert not reduced.sent(kind='reduce-scatter')
+  assert not reduced.sent(kind='all-gather')
+  stream = B // 2 * T * WIDTH * 2 * 3 // 4
+  assert scattered.sent(kind='reduce-scatter', axis='tensor') >= 4 * CONFIG.layers * stream
+  assert scattered.sent(kind='all-gather', axis='tensor') >= 4 * CONFIG.layers * stream
+  assert split.temp_size_in_bytes < whole.temp_size_in_bytes
+
+
+def test_rows_that_are_split_are_never_gathered():
+  _, found, _ = program(Layout(data=2, context=4))
+  assert found.sent(kind='all-gather') < 1e4
+  assert found.sent(kind='collective-permute', axis='context') > 0
