@@ -34,7 +34,8 @@ LAYOUTS = {
     'data': Layout(data=8), 'zero-1': Layout(data=1, fsdp=8, zero=1), 'zero-2': Layout(data=1, fsdp=8, zero=2),
     'zero-3': Layout(data=1, fsdp=8), 'tensor': Layout(data=2, tensor=4),
     'sequence': Layout(data=2, tensor=4, sequence=True), 'context': Layout(data=2, context=4),
-    'stage': Layout(data=2, stage=4)}
+    'stage': Layout(data=2, stage=4), 'zero-1 offload': Layout(data=1, fsdp=8, zero=1, offload=True),
+    'zero-3 offload': Layout(data=1, fsdp=8, offload=True)}
 
 
 def program(layout: Layout, devices):
@@ -53,7 +54,7 @@ def program(layout: Layout, devices):
 def expected(layout: Layout, shapes) -> int:
   """Bytes of weights and moments that a device holds by ZeRO's formula, where fsdp and stage alone split them."""
   whole, n = trees.nbytes(shapes.params), layout.fsdp
-  return whole // (n if layout.zero == 3 else 1) + 2 * whole // n
+  return whole // (n if layout.zero == 3 else 1) + (0 if layout.offload else 2 * whole // n)
 
 
 def main():
@@ -65,6 +66,8 @@ def main():
     memory, sent = found.memory_analysis(), hlo.collectives(found.as_text(), mesh)
     figures[name] = {'MB of arguments': memory.argument_size_in_bytes / 1e6,
                      'MB of temporary arrays': memory.temp_size_in_bytes / 1e6, 'MB sent': sent.sent() / 1e6}
+    if layout.offload:
+      figures[name]['MB on the host'] = memory.host_argument_size_in_bytes / 1e6
     if name.startswith(('data', 'zero')):
       more = memory.argument_size_in_bytes - expected(layout, shapes)
       holds &= 0 <= more < 1e6  # a batch, counts, and padding of small arrays

@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIUYAZX')
+HOST = 'pinned_host'  # what JAX calls memory of a host that devices read by themselves
 MESH_AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')  # the slowest network first
 
 # Read top to bottom. A row applies if its mesh axes have several devices, are still unused in this array
@@ -67,6 +68,7 @@ class Layout:
   goes over all of them, slices outermost, and the other axes stay inside one.
   sequence: `tensor` splits the stream between attention and hidden layers as well, along its rows (sequence
   parallelism, Korthikanti et al. 2022); rows of a length that it does not divide stay whole.
+  offload: an optimizer's moments wait in the memory of hosts from one update to the next.
   """
   data: int = -1
   fsdp: int = 1
@@ -78,6 +80,7 @@ class Layout:
   slices: int = 1
   across: str = 'data'
   sequence: bool = False
+  offload: bool = False
   pipeline: Pipeline = Pipeline()
   weights: tuple = WEIGHTS
   arrays: tuple = ARRAYS
@@ -120,7 +123,7 @@ class Layout:
   def __str__(self):
     said = [f'{name}={size}' for name, size in zip(MESH_AXES, self.sizes) if size != 1]
     said += [f'zero={self.zero}'] if self.zero != 3 else []
-    said += ['sequence'] if self.sequence else []
+    said += [name for name in ('sequence', 'offload') if getattr(self, name)]
     said += [f'slices={self.slices} of {self.across}'] if self.slices != 1 else []
     return 'Layout ' + (', '.join(said) or 'of one device')
 
@@ -193,6 +196,10 @@ def in_slices(devices, slices: int) -> list[list]:
 def use(layout: Layout, devices=None):
   """Makes the layout current for constrain() and shardings() inside; yields its mesh."""
   mesh = layout.mesh(devices)
+  device = mesh.devices.flat[0]
+  if layout.offload and HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+    raise ValueError(f'Layout.offload={layout.offload} needs memory of kind {HOST!r}, but {device.device_kind} devices '
+                     f'have {kinds}: leave offload=False')
   token = _current.set((mesh, layout))
   try:
     with jax.set_mesh(mesh):
@@ -339,8 +346,20 @@ def shardings(boxed, what: str = 'weights'):
 def placed(letters, shapes, what: str = 'weights'):
   """shardings() of weights whose letters and shapes are two trees."""
   mesh, layout = _current.get()
-  return jax.tree.map(lambda axes, x: NamedSharding(mesh, spec(axes, x.shape, mesh, layout.table(what))),
-                      letters, shapes)
+  memory = HOST if what == 'moments' and layout.offload else None
+  return jax.tree.map(
+      lambda axes, x: NamedSharding(mesh, spec(axes, x.shape, mesh, layout.table(what)), memory_kind=memory),
+      letters, shapes)
+
+
+def near(tree):
+  """The arrays of a tree in the memory of devices, inside jit: those of Layout.offload come from hosts."""
+  return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def offloads() -> bool:
+  """Whether moments wait on hosts, by the layout in use."""
+  return in_use() and _current.get()[1].offload
 
 
 def own_rows(batch: int) -> np.ndarray:
@@ -474,6 +493,8 @@ def told(boxed) -> str:
                 f'(ZeRO-{layout.zero})')
   if layout.sequence:
     said.append('tensor splits the stream along rows too')
+  if layout.offload:
+    said.append('moments wait on hosts')
   if layout.slices > 1:
     said.append(f'{layout.across} goes over {layout.slices} slices')
   return '; '.join([*said, *(f'{what} stays whole' for what in check(boxed))])

@@ -197,3 +197,11 @@ def test_what_may_stay_whole_is_said():
     assert sharding.told(boxed) == 'fsdp splits optimizer state and gradients (ZeRO-2); data goes over 2 slices'
   with sharding.use(Layout(data=4, tensor=2)):
     assert sharding.told(boxed) == 'tensor=2: kv_heads=3 stays whole; tensor=2: vocab=97 stays whole'
+
+
+def test_moments_wait_only_where_hosts_have_memory_for_it(monkeypatch):
+  monkeypatch.setattr(sharding, 'HOST', 'memory_of_others')
+  said = (r"Layout.offload=True needs memory of kind 'memory_of_others', but cpu devices have "
+          r"\['device', 'pinned_host', 'unpinned_host'\]: leave offload=False")
+  with pytest.raises(ValueError, match=said), sharding.use(Layout(offload=True)):
+    pass

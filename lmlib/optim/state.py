@@ -38,7 +38,8 @@ def _of_blocks(shape, sharding: NamedSharding) -> NamedSharding:
   spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
   last = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
   cut = shape[-1] % math.prod(sharding.mesh.shape[axis] for axis in last)
-  return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-1], None if cut else spec[-1]))
+  return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-1], None if cut else spec[-1]),
+                       memory_kind=sharding.memory_kind)
 
 
 def state_bytes(transformation: optax.GradientTransformation, shapes) -> int:

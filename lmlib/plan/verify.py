@@ -263,7 +263,8 @@ def optimizers(case: Case, gradients) -> Iterator[Row]:
       state = step_of.begun(case.params, optimizer, shapes)
       grads = jax.device_put(gradients, sharding.shardings(boxed))
       kept = jax.tree.map(lambda x: x.sharding, shapes.optimizer)
-      update = jax.jit(optimizer.update, out_shardings=(sharding.replicated(), kept))
+      near = lambda grads, state, params: optimizer.update(grads, sharding.near(state), params)
+      update = jax.jit(near, out_shardings=(sharding.replicated(), kept))
       return jax.device_get(update(grads, update(grads, state.optimizer, state.params)[1], state.params)[0])
 
   yield from tensors('optimizer', 'update of', updates(None), updates(case.layout), OF_UPDATES)

@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from lmlib import processes, trees
+from lmlib.sharding import near
 from lmlib.train import keeping
 from lmlib.train.keeping import Keep
 
@@ -299,7 +300,7 @@ def _layer(sharding):
   """jit of (x, i) -> (a copy of x[i], its checksum). i is traced: one small program for all layers."""
 
   def layer(x, i):
-    part = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    part = jax.lax.dynamic_index_in_dim(near(x), i, keepdims=False)
     return part, trees.checksum(part)
 
   return _jit(layer, sharding)
@@ -308,7 +309,7 @@ def _layer(sharding):
 @functools.cache
 def _copy(sharding):
   """jit of x -> (a copy, its checksum). jit may hand an unchanged argument through, but not x.copy()."""
-  return _jit(lambda x: (x.copy(), trees.checksum(x)), sharding)
+  return _jit(lambda x: (near(x).copy(), trees.checksum(near(x))), sharding)
 
 
 @functools.cache
@@ -316,7 +317,7 @@ def _join(sharding, layers: int, dtype):
   """jit of the parts of a leaf -> (the leaf as dtype, checksums of the parts); the leaf is a copy."""
 
   def join(*parts):
-    stack = jnp.stack(parts)
+    stack = jnp.stack(near(parts))
     return (stack if layers else stack[0]).astype(dtype), jax.vmap(trees.checksum)(stack)
 
   return _jit(join, sharding)

@@ -22,7 +22,7 @@ def compiled(loss: step_of.Loss, optimizer: optax.GradientTransformation, microb
 
   def layers(state: step_of.State, batch, *frozen):
     grads, _, metrics = step_of.gradients(loss, state.params, batch, *frozen, microbatches=microbatches)
-    updates, _ = optimizer.update(grads, state.optimizer, state.params)
+    updates, _ = optimizer.update(grads, sharding.near(state.optimizer), state.params)
     grad_norm, update_norm = optax.tree.norm(descended(grads)), optax.tree.norm(updates)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(metrics['loss'])
     found = dict(zip(COLUMNS, map(norms, (state.params, grads, updates))))

@@ -3,6 +3,7 @@ import math
 
 import jax
 
+from lmlib import sharding
 from lmlib.train import step as step_of
 
 
@@ -11,7 +12,11 @@ def by_kind(state: step_of.State, frozen: tuple, program: jax.stages.Compiled) -
 
   state: arrays or their shapes, with shardings. All else are activations, gradients and what the compiler keeps.
   """
-  found = {'weights': _bytes(state.params), 'optimizer state': _bytes(state.optimizer)}
+  waits = lambda x: x.sharding is not None and x.sharding.memory_kind == sharding.HOST
+  moments = jax.tree.leaves(state.optimizer)
+  found = {'weights': _bytes(state.params), 'optimizer state': _bytes([x for x in moments if not waits(x)])}
+  if away := [x for x in moments if waits(x)]:
+    found['optimizer state on its host'] = _bytes(away)
   if frozen:
     found['frozen weights'] = _bytes(frozen)
   if (told := program.memory_analysis()) is not None:

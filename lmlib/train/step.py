@@ -44,17 +44,32 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches:
   def step(state: State, batch, *frozen):
     grads, weight, metrics = gradients(loss, state.params, batch, *frozen, microbatches=microbatches, places=places)
     grad_norm = optax.tree.norm(descended(grads))
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    params, update_norm = optax.apply_updates(state.params, updates), optax.tree.norm(updates)
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(metrics['loss'])
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    sound = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
+    params, moments, update_norm, finite = _updated(optimizer, grads, state.params, state.optimizer, sound)
     metrics |= {'grad_norm': grad_norm, 'update_norm': update_norm,
                 'param_norm': optax.tree.norm(state.params), 'weight': weight,
                 'finite': finite.astype(jnp.float32)}
-    return State(state.step + 1, keep(params, state.params), keep(optimizer_state, state.optimizer),
-                 state.skipped + (1 - finite.astype(jnp.int32))), metrics
+    return State(state.step + 1, params, moments, state.skipped + (1 - finite.astype(jnp.int32))), metrics
 
   return step
+
+
+def _updated(optimizer, grads, params, moments, sound):
+  """(weights, moments, norm of the update, whether all was finite); old ones if not `sound` or the update is not."""
+
+  def updated(params, moments):
+    moments = sharding.near(moments)
+    updates, new = optimizer.update(grads, moments, params)
+    norm = optax.tree.norm(updates)
+    finite = sound & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    return keep(optax.apply_updates(params, updates), params), keep(new, moments), norm, finite
+
+  if not sharding.offloads():
+    return updated(params, moments)
+  # Of a branch nothing begins before its condition is known, so moments come when the backward pass has ended.
+  left = lambda params, moments: (params, sharding.near(moments), jnp.float32(jnp.nan), False)
+  return jax.lax.cond(sound, updated, left, params, moments)
 
 
 def gradients(loss: Loss, params, batch, *frozen, microbatches: int = 1, places=None):

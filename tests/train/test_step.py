@@ -9,7 +9,7 @@ from lmlib import sharding, trees
 from lmlib.models import protocol
 from lmlib.optim.adamw import AdamW
 from lmlib.optim.schedules import Constant
-from lmlib.train import losses
+from lmlib.train import checkpoint, layers, losses
 from lmlib.train import step as step_of
 from tests.laws.models import CONFIGS
 
@@ -66,7 +66,8 @@ def test_microbatches_equal_the_large_batch(microbatches, one_device):
                                     dict(data=4, tensor=2), dict(data=2, context=4),
                                     dict(data=1, fsdp=2, context=2, tensor=2), dict(data=2, fsdp=4, zero=1),
                                     dict(data=1, fsdp=4, tensor=2, zero=2),
-                                    dict(data=2, context=2, tensor=2, sequence=True)], ids=str)
+                                    dict(data=2, context=2, tensor=2, sequence=True),
+                                    dict(data=2, fsdp=4, zero=1, offload=True)], ids=str)
 def test_eight_devices_equal_one(layout, one_device):
   assert_close(after(sharding.Layout(**layout)), one_device)
 
@@ -99,6 +100,29 @@ def test_a_device_holds_what_zero_says(zero):
   counts = trees.nbytes(shapes) - 3 * weights
   share = weights * (3 if zero == 3 else 2) // 8 + weights * (zero < 3)
   assert program.memory_analysis().argument_size_in_bytes == share + counts + trees.nbytes(given) // 8
+
+
+def test_moments_wait_on_hosts(tmp_path):
+  """After a step and out of a checkpoint; and what looks into layers reads them there."""
+  with sharding.use(sharding.Layout(data=1, fsdp=8, offload=True)):
+    tx = transformation()
+    shapes = step_of.shapes(CONFIG, tx)
+    step = step_of.compiled(LOSS, tx, 1, shapes)
+    state, _ = step(step_of.init(CONFIG, tx, jax.random.key(0)), sharding.placer()(batch()))
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state)
+    restored, *_ = checkpoints.restore(shapes)
+    checkpoints.close()
+    for x, y, shape in zip(*map(jax.tree.leaves, (state, restored, shapes))):
+      np.testing.assert_array_equal(jax.device_get(x), jax.device_get(y))
+      assert x.sharding == y.sharding == shape.sharding
+    kinds = {kind: sum(x.nbytes for x in jax.tree.leaves(state) if x.sharding.memory_kind == kind)
+             for kind in ('device', sharding.HOST)}
+    weights = trees.nbytes(state.params)
+    assert kinds[sharding.HOST] == 2 * weights
+    assert kinds['device'] == trees.nbytes(state) - 2 * weights
+    found = layers.compiled(LOSS, tx)(restored, sharding.placer()(batch(seed=1)))[1]
+    assert all(norm > 0 for norm in jax.tree.leaves(layers.plain(found['update'])))
 
 
 def test_the_loss_is_the_weighted_mean():
