@@ -125,8 +125,12 @@ def test_one_check_character_in_eleven_is_right():
 
 
 def test_little_is_found_in_pythons_library_but_addresses_of_its_authors():
-  """12 MB of source and prose without anybody's numbers: whatever is masked there is a mistake, but e-mail."""
-  found = [pair for document in StandardLibrary().documents() for pair in Privacy().found(document.text)]
+  """12 MB of source and prose without anybody's numbers: whatever is masked there is a mistake, but e-mail.
+
+  Only ipaddress.py has addresses of machines, some of them public in some releases.
+  """
+  found = [pair for document in StandardLibrary().documents() if document.name != 'ipaddress.py'
+           for pair in Privacy().found(document.text)]
   wrong = [(kind, text) for kind, text in found if kind != 'email' and text != '123.45.67.89']
   assert len(wrong) <= 2, wrong  # none in 3.11 and 3.12; the library of another Python may hold a few
   assert len([text for kind, text in found if kind == 'email']) > 50
