@@ -99,7 +99,8 @@ def soak(folder: pathlib.Path, *, kills: int, processes: int, seed: int = 0) -> 
   assert launcher.returncode == 0, out
   assert len(re.findall('all start again', out)) == kills, out
   done = launched(alone, local, *more[:1])
-  assert done.wait(300) == 0, done.stdout.read()
+  out = done.communicate(timeout=300)[0]
+  assert done.returncode == 0, out
   assert tiny.losses == alone.losses, 'the losses are not those of a run that was left alone'
   assert tiny.data == alone.data
   again = [seconds for _, _, seconds in took]
