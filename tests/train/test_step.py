@@ -123,6 +123,11 @@ def test_moments_wait_on_hosts(tmp_path):
     assert kinds['device'] == trees.nbytes(state) - 2 * weights
     found = layers.compiled(LOSS, tx)(restored, sharding.placer()(batch(seed=1)))[1]
     assert all(norm > 0 for norm in jax.tree.leaves(layers.plain(found['update'])))
+    bad = batch() | {'weight_BT': np.full((8, 16), np.inf, np.float32)}
+    after_bad, metrics = step(restored, sharding.placer()(bad))
+    assert (metrics['finite'], after_bad.skipped) == (0, 1)
+    for x, y in zip(*map(jax.tree.leaves, ((after_bad.params, after_bad.optimizer), (state.params, state.optimizer)))):
+      np.testing.assert_array_equal(jax.device_get(x), jax.device_get(y))
 
 
 def test_the_loss_is_the_weighted_mean():
