@@ -87,8 +87,7 @@ def main(*, model, data, optimizer, layout, steps: int, batch: int, workdir: str
     live.say(prepared.table())
 
     # What it starts from.
-    checkpoints = Checkpoints(folder / 'checkpoints', keep=keep, say=live.say)
-    stack.enter_context(contextlib.closing(checkpoints))
+    checkpoints = stack.enter_context(Checkpoints(folder / 'checkpoints', keep=keep, say=live.say))
     if restored := checkpoints.restore(shapes):
       state = restored[0]
     else:

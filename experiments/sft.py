@@ -78,8 +78,7 @@ def main(*, source: str, data, optimizer, layout, steps: int, batch: int, workdi
     base = begun.params(model)
     run.check({'weights': opened.fingerprint([base, tree])})
     base = tuning.held(base)
-    checkpoints = Checkpoints(folder / 'checkpoints', keep=keep, say=live.say)
-    stack.enter_context(contextlib.closing(checkpoints))
+    checkpoints = stack.enter_context(Checkpoints(folder / 'checkpoints', keep=keep, say=live.say))
     restored = checkpoints.restore(shapes)
     start = int(restored[0].step) if restored else 0
     if start >= steps and (done := report.finished(folder, start)):

@@ -37,6 +37,7 @@ PARTIAL = '.orbax-checkpoint-tmp'  # orbax's suffix of a checkpoint that is bein
 GOING = '.removed'  # ours of one that is being deleted
 DAMAGED = '.damaged'
 SCORES = 'scores.json'  # of the steps that evaluations have seen
+LEAVING = 10.0  # seconds that a save under way gets from one of several processes which ends with an error
 # What says that reading failed, not that the data are bad: nothing is set aside for these.
 PASSING = ('PERMISSION_DENIED', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'UNAUTHENTICATED')
 
@@ -50,7 +51,7 @@ class Checkpoints:
 
   Of complete ones those stay that `keep` says, a number being that of the newest; `say` gets a line for
   everything that is removed or set aside on restoring, and for a write that takes long. All processes call
-  every method.
+  every method. As a context it closes itself, by the error that it leaves with.
   """
 
   def __init__(self, directory, *, keep: int | Keep = 2, say=print):
@@ -87,6 +88,8 @@ class Checkpoints:
     self._watch.daemon = True
     self._watch.start()
     try:
+      if not self._directory.is_dir():  # orbax would make it again, perhaps where a disk is no longer mounted
+        raise FileNotFoundError('the folder has vanished')
       self._writer.save(path, args=ocp.args.PyTreeSave(_nested(arrays)), custom_metadata=sealed(record))
     except Exception as error:
       raise self._failure(error) from error
@@ -145,6 +148,26 @@ class Checkpoints:
       self.wait()
     finally:
       self._writer.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if error is None:
+      return self.close()
+    if processes.count() == 1:
+      return self._closed_behind(self.close)
+    # A save ends when all processes have written theirs, and another may wait for this one in a step, or be gone.
+    ending = threading.Thread(target=self._closed_behind, args=[self._writer.close], daemon=True)
+    ending.start()
+    ending.join(LEAVING)
+
+  def _closed_behind(self, close):
+    """close(), behind an error: what goes wrong now is said, and does not hide what came first."""
+    try:
+      close()
+    except Exception as late:
+      self._say(str(late if self._writing is None else self._failure(late)))
 
   def restore(self, abstract_state, *, newest: int | None = None) -> tuple | None:
     """(state, step, meta) of the newest checkpoint that is whole; None if there has been none.
@@ -237,7 +260,7 @@ def restore_state(directory, abstract_state, *, newest: int, say=print) -> tuple
 def _looked_up(directory, abstract, newest: int | None, *, whole: bool, say) -> tuple:
   """(tree, step, meta) of the newest checkpoint that is whole; nothing on disk is changed."""
   directory = epath.Path(directory).expanduser().resolve()
-  there = steps_in(directory) if directory.is_dir() else []
+  there = steps_in(directory)
   steps = [step for step in there if newest is None or step <= newest]
   for step in reversed(steps):
     try:
@@ -250,8 +273,8 @@ def _looked_up(directory, abstract, newest: int | None, *, whole: bool, say) -> 
 
 
 def steps_in(directory) -> list[int]:
-  """The steps whose checkpoints are complete, oldest first."""
-  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+  """The steps whose checkpoints are complete, oldest first; none where there is no folder."""
+  return sorted(int(path.name) for path in (directory.iterdir() if directory.is_dir() else ()) if path.name.isdecimal())
 
 
 def _hush():

@@ -121,7 +121,7 @@ class Reader:
   """
 
   def __init__(self, directory: pathlib.Path):
-    steps = checkpoint.steps_in(directory) if directory.is_dir() else []
+    steps = checkpoint.steps_in(directory)
     if not steps:
       raise ValueError(f'no checkpoint in {directory}')
     self.step = steps[-1]

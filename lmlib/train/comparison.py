@@ -115,9 +115,7 @@ def _apart(paths, name: str, one, other) -> str:
 
 
 def _shared(one, other) -> list[int]:
-  steps = [set(checkpoint.steps_in(folder / 'checkpoints')) if (folder / 'checkpoints').is_dir() else set()
-           for folder in (one, other)]
-  return sorted(steps[0] & steps[1])
+  return sorted(set(checkpoint.steps_in(one / 'checkpoints')) & set(checkpoint.steps_in(other / 'checkpoints')))
 
 
 def _manifest(folder: pathlib.Path) -> dict:

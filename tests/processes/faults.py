@@ -65,8 +65,17 @@ def test_a_disk_that_is_full_for_one_is_one_line_and_nothing_is_lost(tiny, alone
 def test_a_folder_that_has_vanished_is_one_line(tiny):
   found = tiny.run(2, "tiny.main.fault = 'gone'", *layout(data=-1))
   assert [status for status, *_ in found] == [1, 1]
-  assert 'No such file or directory' in found[0][2]
-  assert 'Traceback' not in found[0][2]
+  folder = tiny.workdir / 'checkpoints'
+  assert found[0][2] == (f'checkpoint of step 10 could not be written to {folder}/10: the folder has vanished; '
+                         'there is no earlier one\n')
+  assert not folder.exists()
+
+
+def test_a_fault_beside_a_save_that_the_others_do_not_end_is_one_line(tiny):
+  """Process 0 waits for 1 in a step, and process 1, on its way out, for process 0 to end its save."""
+  found = tiny.run(2, "tiny.main.fault = 'held'", *layout(data=-1))
+  assert [status for status, *_ in found] == [2, 2]
+  assert found[0][2] == 'process 1: bad thing=3\n'
 
 
 def test_an_altered_array_is_set_aside_by_all(tiny, alone):

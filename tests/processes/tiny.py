@@ -10,13 +10,16 @@ if __name__ == '__main__':
 import contextlib
 import functools
 import os
+import pathlib
 import resource
 import shutil
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
 import jax
+import orbax.checkpoint as ocp
 
 from lmlib import processes, sharding
 from lmlib.train import keeping, metrics, training
@@ -51,6 +54,8 @@ def main(*, layout, workdir: str, steps: int = courses.STEPS, save_every: int = 
     return healthy(index, part)
 
   rows.batch_at = batch_at
+  if fault == 'held':
+    held()
   with contextlib.ExitStack() as stack:
     stack.enter_context(sharding.use(layout))
     run = stack.enter_context(Workdir(workdir))
@@ -59,7 +64,7 @@ def main(*, layout, workdir: str, steps: int = courses.STEPS, save_every: int = 
     shapes = step_of.shapes(courses.MODEL, transformation)
     course = training.Course(courses.loss, transformation, shapes, rows,
                              lambda i: courses.OPTIMIZER.schedule.rate(i, courses.STEPS))
-    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.path / 'checkpoints', keep=keep)))
+    checkpoints = stack.enter_context(Checkpoints(run.path / 'checkpoints', keep=keep))
     restored = checkpoints.restore(shapes)
     state = restored[0] if restored else step_of.init(courses.MODEL, transformation, jax.random.key(0))
     run.begin(manifest={}, files={})
@@ -80,7 +85,21 @@ def broken(workdir: str):
   raise ValueError('bad thing=3')
 
 
+def gone(workdir: str):
+  """The folder of checkpoints, once nothing is being written or removed in it."""
+  folder = pathlib.Path(workdir, 'checkpoints')
+  while not all(path.name.isdecimal() for path in folder.iterdir()):
+    time.sleep(0.01)
+  shutil.rmtree(folder)
+
+
+def held():
+  """No save of step 5 ends: process 0 does not write the last of it."""
+  whole = ocp.PyTreeCheckpointHandler.finalize
+  ocp.PyTreeCheckpointHandler.finalize = (
+      lambda self, path: threading.Event().wait() if path.name.startswith('5.') else whole(self, path))
+
+
 FAULTS = {'term': lambda workdir: os.kill(os.getpid(), signal.SIGTERM),
           'kill': lambda workdir: os.kill(os.getpid(), signal.SIGKILL),
-          'full': full, 'broken': broken,
-          'gone': lambda workdir: shutil.rmtree(os.path.join(workdir, 'checkpoints'))}
+          'full': full, 'broken': broken, 'held': broken, 'gone': gone}

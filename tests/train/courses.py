@@ -1,5 +1,4 @@
 """A tiny model on rows that are easy to learn, but for poisoned batches; a run of it in a folder."""
-import contextlib
 import dataclasses
 import functools
 import io
@@ -80,7 +79,7 @@ def run(folder, rows, watch=Watch(), *, steps: int = STEPS, save_every: int = 5,
   """Trains to `steps` from the newest checkpoint in `folder`, on one device; the last state."""
   folder.mkdir(exist_ok=True)
   with (sharding.use(sharding.Layout(), jax.devices()[:1]) as mesh,
-        contextlib.closing(Checkpoints(folder / 'checkpoints', keep=keep)) as there):
+        Checkpoints(folder / 'checkpoints', keep=keep) as there):
     mine = course(mesh, rows)
     restored = there.restore(mine.shapes)
     state = restored[0] if restored else jax.device_put(first(mesh), sharding.replicated())

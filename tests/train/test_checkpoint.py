@@ -169,6 +169,40 @@ def test_a_write_that_takes_long_is_said_and_goes_on(tmp_path, monkeypatch, said
   assert checkpoints.steps() == [1, 2]
 
 
+def test_a_folder_that_has_vanished_is_not_made_again(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints')
+  saved(checkpoints, 1)
+  shutil.rmtree(tmp_path / 'checkpoints')
+  with pytest.raises(OSError, match=r'checkpoint of step 2 .*: the folder has vanished; there is no earlier one'):
+    checkpoints.save(2, new())
+  checkpoints.close()
+  assert not any(tmp_path.iterdir())
+
+
+def left_with_a_fault(folder, step, say=print):
+  with checkpoint.Checkpoints(folder, say=say) as checkpoints:
+    checkpoints.save(step, new())
+    raise ValueError('the fault')
+
+
+def test_a_fault_leaves_a_save_its_time(tmp_path):
+  with pytest.raises(ValueError, match='the fault'):
+    left_with_a_fault(tmp_path, 1)
+  assert [path.name for path in tmp_path.iterdir()] == ['1']
+
+
+def test_what_fails_on_the_way_out_does_not_hide_the_fault_before_it(tmp_path, monkeypatch, said):
+
+  def failing(self, path):
+    raise OSError('No space left on device')
+
+  monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, 'finalize', failing)
+  with pytest.raises(ValueError, match='the fault'):
+    left_with_a_fault(tmp_path, 1, said.append)
+  line, = said
+  assert line.startswith(f'checkpoint of step 1 could not be written to {tmp_path}/1: ')
+
+
 def test_an_older_one_goes_only_when_a_newer_one_is_complete(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
   saved(checkpoints, 1)
