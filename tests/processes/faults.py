@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from lmlib.train.spikes import Events
 from tests.experiments import test_sft
 from tests.experiments.conftest import Command, texts  # noqa: F401, a fixture
 from tests.post import small
@@ -42,9 +43,9 @@ def good(found):
 
 
 def test_a_run_goes_on_in_other_processes_on_other_meshes(tiny, alone):
-  """Four processes with weights split over them; two with the rows of a batch and its tokens split; then one."""
+  """Weights split over four; over two, with layers one after the other; rows cut in two; then one process."""
   good(tiny.run(4, 'tiny.main.steps = 8', *layout(fsdp=4)))
-  good(tiny.run(2, 'tiny.main.steps = 14', *layout(fsdp=2, tensor=2), devices=2))
+  good(tiny.run(2, 'tiny.main.steps = 14', *layout(fsdp=2, tensor=2), 'tiny.main.scan = False', devices=2))
   good(tiny.run(2, 'tiny.main.steps = 19', *layout(data=2, context=2), devices=2))
   courses.run(tiny.workdir, courses.Rows())
   assert tiny.losses == pytest.approx(alone, abs=1e-5)
@@ -91,6 +92,43 @@ def test_an_altered_array_is_set_aside_by_all(tiny, alone):
   assert 'begin at 10' in found[0][1]
   assert '12.damaged' in tiny.checkpoints()
   assert tiny.losses == pytest.approx(alone, abs=1e-5)
+
+
+WATCHED = 'tiny.main.watch = @watch.Watch()'
+
+
+def test_a_spike_sends_all_back_and_the_run_ends_as_if_its_batch_had_never_been(tiny, tmp_path):
+  spikes = WATCHED, 'watch.Watch.spikes = @spikes.Spikes()', 'spikes.Spikes.window = 6', 'tiny.main.poisoned = (16,)'
+  found = tiny.run(2, *spikes, *layout(fsdp=2))
+  good(found)
+  assert 'going on from the checkpoint of step 15 without the batch 16 (time 1 of at most 8)' in found[0][1]
+  assert found[1][1] == ''
+  event, = Events(tiny.workdir).read()
+  assert (event['step'], event['left_out'], event['documents']) == (17, [16], ['rows of 16'])
+  courses.run(tmp_path / 'never', courses.Rows(gone=[16]))
+  assert tiny.losses == pytest.approx(courses.losses_of(tmp_path / 'never'), abs=1e-5)
+
+
+def test_a_process_that_is_stuck_ends_all_with_the_stacks_of_all(tiny):
+  """Process 1 waits for its data for ever, process 0 for process 1."""
+  hang = WATCHED, 'watch.Watch.hang = @hang.Hang()', 'hang.Hang.least = 2.0'
+  found = tiny.run(2, "tiny.main.fault = 'stuck'", *hang, *layout(data=-1))
+  assert [status for status, *_ in found] == [1, 1]
+  last = found[0][2].splitlines()[-1]
+  assert 'hangs: nothing has moved for 2 s' in last
+  assert tiny.workdir / 'stacks_1.txt' in tiny.workdir.glob('stacks_*.txt')
+  assert 'in stuck' in (tiny.workdir / 'stacks_1.txt').read_text()
+  good(tiny.run(2, *layout(data=-1)))
+  assert len(set(tiny.data)) == courses.STEPS
+
+
+def test_a_process_that_waits_for_its_data_is_named(tiny):
+  stragglers = WATCHED, 'watch.Watch.stragglers = @hosts.Stragglers()', 'hosts.Stragglers.every = 6'
+  found = tiny.run(3, "tiny.main.fault = 'slow'", *stragglers, *layout(data=-1))
+  good(found)
+  lines = [line for line in found[0][1].splitlines() if 'a step for its data' in line]
+  assert [line.partition(' waits ')[0] for line in lines] == [
+      f'step {step}: process 1' for step in (12, 18, 24)]
 
 
 @pytest.mark.parametrize('who', [0, 1])

@@ -1,4 +1,4 @@
-"""Two real processes of one run. Four of them, and what else can go wrong: long.py, which takes minutes."""
+"""Two real processes of one run. Four of them, and what else can go wrong: faults.py, which takes minutes."""
 import json
 
 import pytest

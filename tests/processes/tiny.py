@@ -8,6 +8,7 @@ if __name__ == '__main__':
   cli.run(__file__)
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -33,7 +34,11 @@ GIN = '''
 from __gin__ import dynamic_registration
 from processes import tiny
 from lmlib import sharding
+from lmlib.train import hang
+from lmlib.train import hosts
 from lmlib.train import keeping
+from lmlib.train import spikes
+from lmlib.train import watch
 
 tiny.main.layout = @sharding.Layout()
 tiny.main.workdir = '{workdir}'
@@ -41,14 +46,16 @@ tiny.main.workdir = '{workdir}'
 
 
 def main(*, layout, workdir: str, steps: int = courses.STEPS, save_every: int = 5, fault: str | None = None,
-         who: int = 1, at: int = 8, seconds: float = 0.0, keep: int | keeping.Keep = 2):
+         who: int = 1, at: int = 8, seconds: float = 0.0, keep: int | keeping.Keep = 2, watch: Watch = Watch(),
+         poisoned: tuple[int, ...] = (), scan: bool = True):
   """Trains to `steps`; process `who` has the fault when it makes batch `at`. seconds: that a batch takes."""
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  rows = courses.Rows()
+  rows = courses.Rows(poisoned=poisoned)
+  model = dataclasses.replace(courses.MODEL, execution=dataclasses.replace(courses.MODEL.execution, scan=scan))
   healthy = rows.batch_at
 
   def batch_at(index, part):
-    if index == at and processes.number() == who and fault:
+    if processes.number() == who and fault and (index == at or (fault == 'slow' and index > at)):
       FAULTS[fault](workdir)
     time.sleep(seconds)
     return healthy(index, part)
@@ -59,20 +66,19 @@ def main(*, layout, workdir: str, steps: int = courses.STEPS, save_every: int = 
   with contextlib.ExitStack() as stack:
     stack.enter_context(sharding.use(layout))
     run = stack.enter_context(Workdir(workdir))
-    transformation = courses.OPTIMIZER.transformation(sharding.letters(courses.protocol.boxed(courses.MODEL)),
-                                                      courses.STEPS)
-    shapes = step_of.shapes(courses.MODEL, transformation)
-    course = training.Course(courses.loss, transformation, shapes, rows,
+    transformation = courses.OPTIMIZER.transformation(sharding.letters(courses.protocol.boxed(model)), courses.STEPS)
+    shapes = step_of.shapes(model, transformation)
+    course = training.Course(courses.loss_of(model), transformation, shapes, rows,
                              lambda i: courses.OPTIMIZER.schedule.rate(i, courses.STEPS))
     checkpoints = stack.enter_context(Checkpoints(run.path / 'checkpoints', keep=keep))
     restored = checkpoints.restore(shapes)
-    state = restored[0] if restored else step_of.init(courses.MODEL, transformation, jax.random.key(0))
+    state = restored[0] if restored else step_of.init(model, transformation, jax.random.key(0))
     run.begin(manifest={}, files={})
     print(f'begin at {int(state.step)}', flush=True)
     record = functools.partial(metrics.Record, run.path, steps=steps, flops=SimpleNamespace(exact=1.0, six_nd=1.0),
                                peak=None, live=metrics.Live())
     training.train(course, state, folder=run.path, steps=steps, checkpoints=checkpoints, save_every=save_every,
-                   record=record, watch=Watch())
+                   record=record, watch=watch)
     print('done', flush=True)
 
 
@@ -93,6 +99,14 @@ def gone(workdir: str):
   shutil.rmtree(folder)
 
 
+def stuck(workdir: str):
+  threading.Event().wait()
+
+
+def slow(workdir: str):
+  time.sleep(0.5)
+
+
 def held():
   """No save of step 5 ends: process 0 does not write the last of it."""
   whole = ocp.PyTreeCheckpointHandler.finalize
@@ -102,4 +116,4 @@ def held():
 
 FAULTS = {'term': lambda workdir: os.kill(os.getpid(), signal.SIGTERM),
           'kill': lambda workdir: os.kill(os.getpid(), signal.SIGKILL),
-          'full': full, 'broken': broken, 'held': broken, 'gone': gone}
+          'full': full, 'broken': broken, 'held': broken, 'stuck': stuck, 'slow': slow, 'gone': gone}

@@ -49,9 +49,16 @@ class Rows:
     return [f'rows of {index}']
 
 
-def loss(params, batch):
-  total, weight, metrics = losses.NextToken().of(MODEL)(params, batch)
-  return total * jnp.where((batch['tokens_BT'] == BROKEN).any(), jnp.nan, 1.0), weight, metrics
+def loss_of(model):
+
+  def loss(params, batch):
+    total, weight, metrics = losses.NextToken().of(model)(params, batch)
+    return total * jnp.where((batch['tokens_BT'] == BROKEN).any(), jnp.nan, 1.0), weight, metrics
+
+  return loss
+
+
+loss = loss_of(MODEL)
 
 
 @functools.cache

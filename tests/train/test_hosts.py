@@ -1,6 +1,8 @@
 """The process that holds up the others is named; numbers are told, for one process has none beside it."""
+import jax
 import pytest
 
+from lmlib import sharding
 from lmlib.train.hosts import Hosts, Stragglers
 
 
@@ -34,11 +36,14 @@ def test_alone_nothing_is_measured():
   assert Hosts(Stragglers(every=1), print, gather=None, probe=None).after({'step': 1, 'waited': 0.0}) == {}
 
 
-def test_the_product_takes_time(monkeypatch):
+@pytest.mark.parametrize('devices', [8, 4])
+def test_the_product_takes_time_and_every_device_makes_its_own(monkeypatch, devices):
+  """Also inside the mesh of a run, which has other devices too, or only some."""
   monkeypatch.setattr('lmlib.train.hosts.SIDE', 64)
   said = []
-  found = Hosts(Stragglers(every=1), said.append, count=2, gather=lambda label, mine: [mine, mine]).after(
-      {'step': 1, 'waited': 0.0})
+  with sharding.use(sharding.Layout(), jax.devices()[-devices:]):
+    found = Hosts(Stragglers(every=1), said.append, count=2, gather=lambda label, mine: [mine, mine]).after(
+        {'step': 1, 'waited': 0.0})
   assert found['hosts/product_most'] > 0
 
 
