@@ -5,6 +5,8 @@ import pathlib
 
 import jax
 
+from lmlib import processes
+
 ASK = 'profile'  # the file in WORKDIR that is touched to ask for one
 
 
@@ -22,7 +24,10 @@ class Profile:
 
 
 class Traces:
-  """Traces steps into <workdir>/profile_<first step>. Every process traces itself."""
+  """Traces steps into <workdir>/profile_<first step>. Every process traces itself, of several into process_<number>.
+
+  The profiler names a file by its machine, so that two processes of one machine need folders of their own.
+  """
 
   def __init__(self, profile: Profile, workdir: pathlib.Path, say: Callable[[str], None]):
     self._profile, self._workdir, self._say = profile, workdir, say
@@ -47,7 +52,8 @@ class Traces:
 
   @property
   def _folder(self) -> pathlib.Path:
-    return self._workdir / f'profile_{self._first}'
+    folder = self._workdir / f'profile_{self._first}'
+    return folder if processes.count() == 1 else folder / f'process_{processes.number()}'
 
   def _stop(self, last: int):
     self._last = None

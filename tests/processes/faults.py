@@ -14,6 +14,7 @@ import pytest
 from lmlib.train.spikes import Events
 from tests.experiments import test_sft
 from tests.experiments.conftest import Command, texts  # noqa: F401, a fixture
+from tests.experiments.test_evaluate import EVALUATED
 from tests.post import small
 from tests.processes import soak
 from tests.processes.running import ROOT, Tiny
@@ -208,6 +209,48 @@ def test_a_finished_run_of_two_is_scored_as_by_one(tmp_path, texts):  # noqa: F8
     scores.append(json.loads((run.workdir / 'report/summary.json').read_text())['bits_per_byte'])
     assert (run.workdir / 'report/samples.txt').read_text()
   assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+WATCHFUL = """
+from lmlib.train import hosts
+from lmlib.train import keeping
+from lmlib.train import spikes
+from lmlib.train import traces
+from lmlib.train import watch
+
+pretrain.main.keep = @keeping.Keep()
+keeping.Keep.best = 'perplexity/bits_per_byte'
+keeping.Keep.newest = 1
+pretrain.main.watch = @watch.Watch()
+watch.Watch.spikes = @spikes.Spikes()
+watch.Watch.profile = @traces.Profile()
+traces.Profile.first = 9
+watch.Watch.stragglers = @hosts.Stragglers()
+hosts.Stragglers.every = 10
+"""
+
+
+def test_what_is_scored_and_watched_in_a_run_of_two_is_what_one_finds(tmp_path, texts):  # noqa: F811
+  """Evaluations on the way, a rule that keeps the best checkpoint, traces of each process, slow ones looked for."""
+  lines, kept = [], []
+  for processes, sizes in ((2, SPLIT), (1, ())):
+    folder = tmp_path / str(processes)
+    folder.mkdir()
+    run = Command(folder, texts, {})
+    evaluated = EVALUATED.format(texts=texts).replace('evaluate_every = 25', 'evaluate_every = 7')
+    run.gin.write_text(run.gin.read_text() + evaluated + WATCHFUL)
+    in_processes(processes, [sys.executable, '-u', str(ROOT / 'experiments/pretrain.py'), f'--gin_file={run.gin}', *(
+        f'--gin_bindings={binding}' for binding in ('STEPS = 28', *sizes))], tmp_path)
+    lines.append([json.loads(line) for line in (run.workdir / 'evaluations.jsonl').read_text().splitlines()])
+    kept.append(sorted(path.name for path in (run.workdir / 'checkpoints').iterdir()))
+    traced = sorted((run.workdir / 'profile_9').rglob('*.xplane.pb'))
+    assert [path.relative_to(run.workdir).parts[1] for path in traced] == (
+        ['process_0', 'process_1'] if processes == 2 else ['plugins'])
+  two, one = lines
+  assert [line['step'] for line in two] == [line['step'] for line in one] == [7, 14, 21, 28]
+  for mine, other in zip(two, one):
+    assert mine['scores'] == pytest.approx(other['scores'], abs=1e-5)
+  assert kept[0] == kept[1]
 
 
 def test_an_adapter_tuned_by_two_is_that_of_one(tmp_path):
