@@ -5,6 +5,7 @@ Both come from PyPI (`pip install 'lmlib[tpu]'`, `'lmlib[cuda]'`) and need no de
 import contextlib
 import importlib.util
 import os
+import re
 import warnings
 
 import jax
@@ -37,19 +38,23 @@ def available(platform: str = 'tpu') -> bool:
 
 
 def topology(machine: str, slices: int = 1):
-  """The devices of a machine: a chip of TPUS or GPUS, or a TPU topology such as 'v5e:16x16'. None of them runs.
+  """The devices of a machine: a chip of TPUS or GPUS, a TPU topology such as 'v5e:16x16', or GPUs as 'h100:8' or, on
+  8 hosts, 'h100:8x8'. None of them runs.
 
   slices: so many of this TPU machine, joined by the network of a data centre.
 
   ModuleNotFoundError without the compiler; ValueError if it knows no such machine.
   """
-  platform = 'cuda' if machine in GPUS else 'tpu'
+  chip, _, count = machine.partition(':')
+  platform = 'cuda' if chip in GPUS else 'tpu'
   if not available(platform):
     needs, extra = {'tpu': ('libtpu', 'tpu'), 'cuda': ("JAX's CUDA plugin", 'cuda')}[platform]
     raise ModuleNotFoundError(f'compiling for {machine!r} needs {needs}: pip install "lmlib[{extra}]"')
   if platform == 'cuda':
-    return topologies.get_topology_desc(topology_name=machine, platform='cuda', target_config=GPUS[machine],
-                                        topology='1x1x1')
+    if not (sizes := re.fullmatch(r'(?:(\d+)x)?(\d+)', count or '1')):
+      raise ValueError(f"machine={machine!r} must be '{chip}', '{chip}:8', or '{chip}:2x8' for 2 hosts with 8 each")
+    return topologies.get_topology_desc(topology_name=machine, platform='cuda', target_config=GPUS[chip],
+                                        topology=f'1x{sizes[1] or 1}x{sizes[2]}')
   # Several processes may compile at once, and no cloud is asked what machine this is.
   for variable, value in {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_SKIP_MDS_QUERY': '1'}.items():
     os.environ.setdefault(variable, value)
