@@ -15,6 +15,7 @@ from lmlib.train import health
 
 PATIENCE = 30.0  # seconds in which the others end by themselves once one has
 LONGEST = 60.0  # seconds to wait before a restart, at most
+LIVES = 10  # times as long as the wait before it a run must live for the next wait to be short again
 # What a process does first on Linux, so that it saves and ends when the launcher, argv[1], is killed: PR_SET_PDEATHSIG
 # is 1 in prctl.h. A program of its own, since threads, such as jax's, allow no Python between fork and exec.
 DIES_WITH_IT = '''
@@ -31,8 +32,8 @@ FINAL = (0, 2, 75)  # statuses after which the same command would do the same, o
 class Local:
   """A run in `processes` processes of this machine, which go on together after a fault of one, `restarts` times.
 
-  devices: of a CPU, that each process sees; None leaves it to jax. wait: seconds before the first restart, then
-  twice as long each time. A restart goes on from the last checkpoint.
+  devices: of a CPU, that each process sees; None leaves it to jax. wait: seconds before a restart, and twice as long
+  each time that the run then ends within LIVES times as many. A restart goes on from the last checkpoint.
   """
   processes: int = 2
   devices: int | None = None
@@ -58,14 +59,16 @@ class Local:
     SIGTERM and Ctrl-C are passed on as SIGTERM: all save, and the status is 75. Nobody outlives this process.
     """
     with _Signals() as asked:
+      pause = self.wait / 2
       for tried in range(self.restarts + 1):
+        begun = time.monotonic()
         group = _Group([(command, self.environment(i, port)) for port in [wire.free_port()]
                         for i in range(self.processes)])
         status, why = group.ended(asked)
         if status in FINAL or asked.received is not None:
           return status
         if tried < self.restarts:
-          pause = min(self.wait * 2 ** tried, LONGEST)
+          pause = self.wait if time.monotonic() - begun > LIVES * pause else min(2 * pause, LONGEST)
           say(f'launch      {why}; all start again in {pause:.3g} s ({tried + 1} of at most {self.restarts} times)')
           if asked.within(pause):
             return 75

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +83,29 @@ def test_it_gives_up_with_the_reason_last(start, tmp_path):
   status, out, err = run(start("end_with(1) if me == '0' else sys.exit(1)", restarts=2))
   assert (status, out.count('all start again'), err.count('reason 1')) == (1, 2, 3)
   assert err[-1] == 'reason 1; given up after 2 restarts'
+
+
+def test_it_waits_longer_each_time_until_a_run_has_lived(monkeypatch):
+  lives, now, said = [1, 1, 19, 21, 1, 1, 1, 1, 1, 1, 1], [0.0], []
+
+  class Group:
+
+    def __init__(self, commands):
+      pass
+
+    def ended(self, asked):
+      now[0] += lives.pop(0)
+      return 1, 'it died'
+
+  monkeypatch.setattr(local, '_Group', Group)
+  monkeypatch.setattr(local, 'time', SimpleNamespace(
+      monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)))
+  assert Local(2, restarts=10).run([], say=said.append) == 1
+  waits = [float(line.split('again in ')[1].split(' s')[0]) for line in said]
+  assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+  lives[:], said[:] = [1, 1, 21, 1, 1], []
+  Local(2, restarts=4).run([], say=said.append)
+  assert [line.split('again in ')[1].split(' s')[0] for line in said] == ['1', '2', '1', '2']
 
 
 @pytest.mark.parametrize('final', [2, 75])
