@@ -69,6 +69,8 @@ class Layout:
   sequence: `tensor` splits the stream between attention and hidden layers as well, along its rows (sequence
   parallelism, Korthikanti et al. 2022); rows of a length that it does not divide stay whole.
   offload: an optimizer's moments wait in the memory of hosts from one update to the next.
+  wide_sums: gradients of matrices and tables are float32 where devices sum them, not of the activations' type; of an
+  expert's, each device's part is of that type before. What an adapter trains is summed as it is.
   """
   data: int = -1
   fsdp: int = 1
@@ -81,6 +83,7 @@ class Layout:
   across: str = 'data'
   sequence: bool = False
   offload: bool = False
+  wide_sums: bool = False
   pipeline: Pipeline = Pipeline()
   weights: tuple = WEIGHTS
   arrays: tuple = ARRAYS
@@ -123,7 +126,7 @@ class Layout:
   def __str__(self):
     said = [f'{name}={size}' for name, size in zip(MESH_AXES, self.sizes) if size != 1]
     said += [f'zero={self.zero}'] if self.zero != 3 else []
-    said += [name for name in ('sequence', 'offload') if getattr(self, name)]
+    said += [name for name in ('sequence', 'offload', 'wide_sums') if getattr(self, name)]
     said += [f'slices={self.slices} of {self.across}'] if self.slices != 1 else []
     return 'Layout ' + (', '.join(said) or 'of one device')
 
@@ -227,6 +230,16 @@ def in_use() -> bool:
   return _current.get() is not None
 
 
+def current() -> Layout:
+  """The layout in use; outside use() one that asks for nothing."""
+  return _current.get()[1] if in_use() else Layout()
+
+
+def mesh() -> Mesh:
+  """The mesh of the layout in use."""
+  return _current.get()[0]
+
+
 def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, rules) -> PartitionSpec:
   """The PartitionSpec of an array whose dimensions are named by `axes`, by a table of rules."""
   if unknown := set(axes) - ALPHABET - {'1'}:  # 1 is an axis of one
@@ -269,7 +282,7 @@ def scattered(x_BTD: jax.Array) -> jax.Array:
 
 
 def _between(x_BTD, forward: str, backward: str):
-  if not in_use() or not _current.get()[1].sequence:
+  if not current().sequence:
     return x_BTD
   moved = jax.custom_vjp(lambda x_BTD: constrain(x_BTD, 'BTD', forward))
   moved.defvjp(lambda x_BTD: (constrain(x_BTD, 'BTD', forward), None),
@@ -357,11 +370,6 @@ def near(tree):
   return jax.device_put(tree, jax.memory.Space.Device)
 
 
-def offloads() -> bool:
-  """Whether moments wait on hosts, by the layout in use."""
-  return in_use() and _current.get()[1].offload
-
-
 def own_rows(batch: int) -> np.ndarray:
   """The numbers of the rows of a batch that devices of this process hold by the layout in use, ascending."""
   if not in_use():
@@ -416,85 +424,6 @@ def batch_devices() -> int:
              default=1)
 
 
-def pipeline() -> Pipeline:
-  """How a batch passes the stages of the layout in use."""
-  return _current.get()[1].pipeline if in_use() else Pipeline()
-
-
 def laid(tree, places):
   """Every array of a tree laid out by the NamedSharding at its place in another."""
   return jax.tree.map(jax.lax.with_sharding_constraint, tree, places)
-
-
-# What a config calls the size of a letter.
-NAMES = {'K': 'kv_heads', 'F': 'hidden', 'V': 'vocab', 'D': 'width', 'L': 'layers', 'E': 'experts'}
-
-
-def check(boxed) -> list[str]:
-  """What a mesh axis in use leaves whole of a model's weights (protocol.boxed), such as 'tensor=8: vocab=50257'.
-
-  That is a vocabulary, key heads of which there are fewer than devices, where heads are split all the same, and the
-  layers of a stack beside one that is split.
-  ValueError for an axis that does not divide what it is there to split: heads, hidden width, width, layers, experts.
-  """
-  if not in_use():
-    return []
-  mesh, layout = _current.get()
-  weights = [(axes, x.shape) for axes, x in zip(jax.tree.leaves(letters(boxed)), jax.tree.leaves(nn.unbox(boxed)))]
-  whole = []
-  for axis in (axis for axis in MESH_AXES if mesh.shape[axis] > 1):
-    faults, left = _unsplit(axis, mesh.shape[axis], weights)
-    if faults:
-      fits = next(n for n in range(mesh.shape[axis], 0, -1) if not (
-          mesh.shape[axis] % n or (n > 1 and _unsplit(axis, n, weights)[0])))
-      size = mesh.shape[axis] if getattr(layout, axis) > 0 else f'-1, here {mesh.shape[axis]},'
-      rest = f', data={mesh.shape["data"] * mesh.shape[axis] // fits}' if layout.data > 0 else ''
-      raise ValueError(f'Layout.{axis}={size} does not divide {faults[0]}: {axis}={fits}{rest} would')
-    whole += [f'{axis}={mesh.shape[axis]}: {what}' for what in left]
-  return whole
-
-
-def _unsplit(axis: str, size: int, weights) -> tuple[list[str], list[str]]:
-  """What `size` devices of a mesh axis cannot split of weights, (letters, shape): faults, and what may stay whole."""
-  mesh, layout = _current.get()
-  rows = [(letter, math.prod(size if m == axis else mesh.shape[m] for m in axes))
-          for letter, axes in layout.weights if axis in axes]
-  divides = lambda letter, length: any(length % parts == 0 for row, parts in rows if row == letter)
-  sizes, split = {}, set()
-  for axes, shape in weights:
-    for letter, length in zip(axes, shape):
-      sizes.setdefault(letter, set()).add(length)
-      split |= {letter} if divides(letter, length) else set()
-  faults, left = [], []
-  if any(letter == 'E' for letter, _ in rows) and 'E' not in sizes:
-    faults.append('experts, of which this model has none')
-  for letter in dict.fromkeys(letter for letter, _ in rows):
-    for length in sorted(sizes.get(letter, ())):
-      if divides(letter, length) or letter == 'G':
-        continue
-      if letter == 'K' and not split & {'K', 'G'}:
-        heads = sorted(sizes.get('G', {1}))[-1]
-        faults.append(f'kv_heads={length}' + (f' or the {heads} heads of each' if heads > 1 else ''))
-      else:
-        may = letter in 'KV' or (letter == 'L' and 'L' in split)
-        (left if may else faults).append(f'{NAMES.get(letter, letter)}={length}')
-  return faults, left
-
-
-def told(boxed) -> str:
-  """What the layout in use does with a model's weights, for a report; '' outside use() and on one device."""
-  if not in_use() or _current.get()[0].size == 1:
-    return ''
-  mesh, layout = _current.get()
-  said = []
-  if mesh.shape['fsdp'] > 1:
-    split = ('optimizer state', 'gradients', 'weights')[:layout.zero]
-    said.append(f'fsdp splits {" and ".join([", ".join(split[:-1]), split[-1]] if split[1:] else split)} '
-                f'(ZeRO-{layout.zero})')
-  if layout.sequence:
-    said.append('tensor splits the stream along rows too')
-  if layout.offload:
-    said.append('moments wait on hosts')
-  if layout.slices > 1:
-    said.append(f'{layout.across} goes over {layout.slices} slices')
-  return '; '.join([*said, *(f'{what} stays whole' for what in check(boxed))])

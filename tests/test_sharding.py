@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from lmlib import sharding
+from lmlib import fitting, sharding
 from lmlib.models import dense, moe, protocol
 from lmlib.nn.moe import Experts
 from lmlib.sharding import ARRAYS, WEIGHTS, Layout, spec
@@ -175,28 +175,28 @@ SMALL = dense.Config(vocab=96, layers=4, width=24, hidden=40, heads=12, kv_heads
 def test_a_layout_that_does_not_fit_a_model_says_which_would(layout, model, expected):
   boxed = protocol.boxed(dataclasses.replace(SMALL, **model))
   with sharding.use(Layout(**layout)), pytest.raises(ValueError, match=expected):
-    sharding.check(boxed)
+    fitting.check(boxed)
 
 
 def test_experts_that_do_not_fit():
   boxed = protocol.boxed(moe.Config(experts=Experts(count=6)))
   expected = r'Layout.expert=4 does not divide experts=6: expert=2, data=4 would'
   with sharding.use(Layout(data=2, expert=4)), pytest.raises(ValueError, match=expected):
-    sharding.check(boxed)
+    fitting.check(boxed)
   with sharding.use(Layout(expert=2)):
-    assert sharding.check(boxed) == []
+    assert fitting.check(boxed) == []
 
 
 def test_what_may_stay_whole_is_said():
   boxed = protocol.boxed(dataclasses.replace(SMALL, vocab=97, kv_heads=3))
-  assert sharding.check(boxed) == []
-  assert sharding.told(boxed) == ''
+  assert fitting.check(boxed) == []
+  assert fitting.told(boxed) == ''
   with sharding.use(Layout(data=2, tensor=4)):
-    assert sharding.check(boxed) == ['tensor=4: kv_heads=3', 'tensor=4: vocab=97']
+    assert fitting.check(boxed) == ['tensor=4: kv_heads=3', 'tensor=4: vocab=97']
   with sharding.use(Layout(data=2, fsdp=4, zero=2, slices=2)):
-    assert sharding.told(boxed) == 'fsdp splits optimizer state and gradients (ZeRO-2); data goes over 2 slices'
+    assert fitting.told(boxed) == 'fsdp splits optimizer state and gradients (ZeRO-2); data goes over 2 slices'
   with sharding.use(Layout(data=4, tensor=2)):
-    assert sharding.told(boxed) == 'tensor=2: kv_heads=3 stays whole; tensor=2: vocab=97 stays whole'
+    assert fitting.told(boxed) == 'tensor=2: kv_heads=3 stays whole; tensor=2: vocab=97 stays whole'
 
 
 def test_moments_wait_only_where_hosts_have_memory_for_it(monkeypatch):

@@ -125,10 +125,10 @@ class Encoder(nn.Module):
     if types_BT is not None and ends.types is None:
       raise ValueError('types_BT are given, but encoder.Ends.types=None: this encoder has none')
     here = places(tokens_BT, segments_BT, None, positions_BT)
-    x_BTD = sharding.constrain(self.table_VD.astype(dtype), 'VD')[tokens_BT]
-    x_BTD += self.table_SD.astype(dtype)[here.positions_BT + cfg.positions.offset]
+    x_BTD = layers.looked_up(self.table_VD, tokens_BT, dtype, 'VD')
+    x_BTD += layers.looked_up(self.table_SD, here.positions_BT + cfg.positions.offset, dtype)
     if ends.types is not None:
-      x_BTD += self.table_UD.astype(dtype)[jnp.zeros((1, 1), int) if types_BT is None else types_BT]
+      x_BTD += layers.looked_up(self.table_UD, jnp.zeros((1, 1), int) if types_BT is None else types_BT, dtype)
     x_BTD = self.embedding_norm(x_BTD) if ends.norm else x_BTD
     x_BTD, _ = self.blocks(x_BTD, (jnp.arange(cfg.layers), None), here, dropout_B)
     return sharding.gathered(self.norm(x_BTD) if ends.final_norm else x_BTD)
@@ -138,13 +138,14 @@ class Encoder(nn.Module):
     if not self.cfg.ends.pooler:
       raise ValueError('encoder.Ends.pooler=False: this encoder has no pooler')
     x_BD, dtype = x_BTD[:, 0], x_BTD.dtype
-    return jnp.tanh(x_BD @ self.pooler_DF.astype(dtype) + self.pooler_bias_F.astype(dtype)[None])
+    y_BF = layers.product('BD,DF->BF', x_BD, layers.cast(self.pooler_DF, dtype))
+    return jnp.tanh(y_BF + self.pooler_bias_F.astype(dtype)[None])
 
   def classified(self, x_BTD):
     """Scores of the classes of a text that begins a row of states, BY in float32."""
     if self.cfg.ends.classes is None:
       raise ValueError('encoder.Ends.classes=None: this encoder has no classes of texts')
-    scores_BY = layers.product('BF,FY->BY', self.pooled(x_BTD), self.classifier_FY.astype(x_BTD.dtype))
+    scores_BY = layers.product('BF,FY->BY', self.pooled(x_BTD), layers.cast(self.classifier_FY, x_BTD.dtype))
     return scores_BY.astype(jnp.float32) + self.classifier_bias_Y[None]
 
   def hidden(self, tokens_BT, segments_BT=None, cache=None, dropout_B=None, positions_BT=None, types_BT=None):
@@ -154,7 +155,7 @@ class Encoder(nn.Module):
     if not self.cfg.ends.predicts:
       raise ValueError('encoder.Ends.predicts=False: this encoder has no head that scores tokens')
     x_BTD = self.encode(tokens_BT, segments_BT, dropout_B, positions_BT, types_BT)
-    y_BTF = layers.product('BTD,DF->BTF', x_BTD, self.transform_DF.astype(x_BTD.dtype))
+    y_BTF = layers.product('BTD,DF->BTF', x_BTD, layers.cast(self.transform_DF, x_BTD.dtype))
     y_BTF = ACTIVATIONS[self.cfg.mlp.activation](y_BTF + self.transform_bias_F.astype(x_BTD.dtype)[None, None])
     y_BTF = self.transform_norm(y_BTF)
     return jnp.concatenate([y_BTF, jnp.ones_like(y_BTF[..., :1])], -1), None, {}

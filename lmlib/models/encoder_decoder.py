@@ -166,7 +166,7 @@ class EncoderDecoder(nn.Module):
     """Vectors of tokens of either side, BTD. ValueError if they are more than the model's length."""
     if (T := tokens_BT.shape[1]) > self.cfg.length:
       raise ValueError(f'a text of {T} tokens is longer than length={self.cfg.length} of {type(self.cfg).__module__}')
-    return sharding.constrain(self.table_VD.astype(self.cfg.execution.dtype), 'VD')[tokens_BT]
+    return layers.looked_up(self.table_VD, tokens_BT, self.cfg.execution.dtype, 'VD')
 
   def encode(self, inputs_BS, input_segments_BS=None, dropout_B=None):
     """What the encoder makes of the inputs, BSD. input_segments_BS numbers the texts of a row, 0 for padding."""

@@ -115,7 +115,7 @@ class Future(nn.Module):
     layer, embedded_BTD = per_layer
     norm = self.cfg.norms.norm
     read_BTD, token_BTD = norm('hidden_norm')(x_BTD), norm('token_norm')(embedded_BTD)
-    w_FD = lambda name: layers.weight(self, name, 'FD', 'F', 0.5**0.5).astype(x_BTD.dtype)
+    w_FD = lambda name: layers.cast(layers.weight(self, name, 'FD', 'F', 0.5**0.5), x_BTD.dtype)
     into = lambda name, y: layers.product('BTF,FD->BTD', y, w_FD(name))
     x_BTD = into('from_token', token_BTD) + into('from_hidden', read_BTD)
     x_BTD, (_, sums) = ExpertBlock(self.cfg, name='block')(x_BTD, (layer, None), places, dropout_B)
@@ -163,7 +163,7 @@ class Transformer(Decoder):
     """
     cfg = self.cfg
     here = self.placed(places(tokens_BTL[..., 0], segments_BT, None, positions_BT))
-    embedded_LBTD = self.table_VD.astype(x_BTD.dtype)[jnp.moveaxis(tokens_BTL, -1, 0)]
+    embedded_LBTD = layers.looked_up(self.table_VD, jnp.moveaxis(tokens_BTL, -1, 0), x_BTD.dtype)
     if cfg.ends.scale is not None:
       embedded_LBTD *= jnp.asarray(cfg.ends.scale, x_BTD.dtype)
     layer_L = jnp.arange(cfg.layers, cfg.layers + cfg.future)
@@ -171,6 +171,6 @@ class Transformer(Decoder):
 
   def __call__(self, tokens_BT, segments_BT=None, cache: Cache | None = None, dropout_B=None):
     if self.is_initializing() and self.cfg.future:  # whose weights no logits need
-      jax.tree.map(jnp.asarray, self.future(
-          jnp.zeros((*tokens_BT.shape, self.cfg.width)), jnp.repeat(tokens_BT[..., None], self.cfg.future, -1)))
+      x_BTD = jnp.zeros((*tokens_BT.shape, self.cfg.width), self.cfg.execution.dtype)
+      jax.tree.map(jnp.asarray, self.future(x_BTD, jnp.repeat(tokens_BT[..., None], self.cfg.future, -1)))
     return super().__call__(tokens_BT, segments_BT, cache, dropout_B)

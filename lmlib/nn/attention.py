@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
   def out(self, out_BTKGH):
     """What the heads read, projected into the stream, BTD."""
-    out_KGHD = layers.weight(self, 'out', 'KGHD', 'KGH', self.out_scale).astype(out_BTKGH.dtype)
+    out_KGHD = layers.cast(layers.weight(self, 'out', 'KGHD', 'KGH', self.out_scale), out_BTKGH.dtype)
     y_BTD = layers.product('BTKGH,KGHD->BTD', out_BTKGH, out_KGHD)
     if 'o' in self.style.bias:
       y_BTD += layers.bias(self, 'out_bias', 'D').astype(y_BTD.dtype)[None, None]
@@ -111,7 +111,7 @@ class Attention(nn.Module):
     """The projection `name` of x, BT and `axes`."""
     # Scores start at size one, whatever they are multiplied by.
     scale = self.head_width**-0.5 / (self.style.patterns[0].scale or self.head_width**-0.5) if name == 'q' else 1.0
-    w = layers.weight(self, name, f'D{axes}', 'D', scale).astype(x_BTD.dtype)
+    w = layers.cast(layers.weight(self, name, f'D{axes}', 'D', scale), x_BTD.dtype)
     y = layers.product(f'BTD,D{axes}->BT{axes}', x_BTD, w)
     if name in self.style.bias:
       y += layers.bias(self, f'{name}_bias', axes).astype(x_BTD.dtype)[None, None]

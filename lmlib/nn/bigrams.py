@@ -8,7 +8,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from lmlib import sharding
 from lmlib.nn import layers
 
 SCALE = 0.5  # of a row's entries at first, beside the 1 of a token's own
@@ -26,8 +25,8 @@ class Bigrams(nn.Module):
   @nn.compact
   def __call__(self, tokens_BT, before_BT):
     """What to add to the embedding of tokens_BT, BTD; before_BT of before() is -1 where none came before."""
-    table_VD = layers.weight(self, 'table', 'VD', '', SCALE).astype(self.dtype)
-    return sharding.constrain(table_VD, 'VD')[row(tokens_BT, before_BT, self.rows)]
+    table_VD = layers.weight(self, 'table', 'VD', '', SCALE)
+    return layers.looked_up(table_VD, row(tokens_BT, before_BT, self.rows), self.dtype, 'VD')
 
 
 def row(tokens_BT, before_BT, rows: int) -> jax.Array:

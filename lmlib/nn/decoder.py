@@ -151,14 +151,14 @@ class Decoder(nn.Module):
   def embedded(self, tokens_BT, segments_BT, cache, here: Places):
     """What goes into the first block, BTD."""
     cfg, ends, dtype = self.cfg, self.cfg.ends, self.cfg.execution.dtype
-    x_BTD = sharding.constrain(self.table_VD.astype(dtype), 'VD')[tokens_BT]
+    x_BTD = layers.looked_up(self.table_VD, tokens_BT, dtype, 'VD')
     if ends.scale is not None:
       x_BTD *= jnp.asarray(ends.scale, dtype)
     if ends.bigrams is not None:
       before_BT = token_before(tokens_BT, segments_BT, None if cache is None else cache.last())
       x_BTD += self.bigrams(tokens_BT, before_BT)
     if isinstance(cfg.positions, Learned):
-      x_BTD += self.table_SD.astype(dtype)[here.positions_BT + cfg.positions.offset]
+      x_BTD += layers.looked_up(self.table_SD, here.positions_BT + cfg.positions.offset, dtype)
     if isinstance(cfg.positions, Sinusoidal):
       x_BTD += cfg.positions.vectors(here.positions_BT, cfg.width).astype(dtype)
     return self.embedding_norm(x_BTD) if ends.norm else x_BTD

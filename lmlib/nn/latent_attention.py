@@ -75,14 +75,15 @@ class LatentAttention(nn.Module):
     """Returns attention of x, BTD, and what is kept with x in it."""
     (turns,), dtype = places.turns, x_BTD.dtype
     into = lambda y, name, axes: layers.product(
-        f'BT{axes[0]},{axes}->BT{axes[1:]}', y, layers.weight(self, name, axes, axes[0]).astype(dtype))
+        f'BT{axes[0]},{axes}->BT{axes[1:]}', y, layers.cast(layers.weight(self, name, axes, axes[0]), dtype))
     q_from, letter = x_BTD, 'D'
     if self.style.q_rank is not None:
       q_from, letter = layers.RmsNorm(self.style.epsilon, axes='Q', name='q_norm')(into(x_BTD, 'q_down', 'DQ')), 'Q'
     q_BTKH, turned_BTKP = into(q_from, 'q', f'{letter}KH'), rotate(into(q_from, 'q_turned', f'{letter}KP'), turns)
     c_BTR = layers.RmsNorm(self.style.epsilon, axes='R', name='kv_norm')(into(x_BTD, 'kv_down', 'DR'))
     r_BTP = rotate(into(x_BTD, 'k_turned', 'DP')[:, :, None], turns)[:, :, 0]
-    k_RKH, v_RKW = (layers.weight(self, name, axes, 'R').astype(dtype) for name, axes in (('k', 'RKH'), ('v', 'RKW')))
+    k_RKH, v_RKW = (layers.cast(layers.weight(self, name, axes, 'R'), dtype)
+                    for name, axes in (('k', 'RKH'), ('v', 'RKW')))
 
     seen, rows = (c_BTR, r_BTP), places.rows
     if kept is not None:
@@ -94,7 +95,7 @@ class LatentAttention(nn.Module):
     if kept is not None:
       implementation = self.decoding if places.coming.step else 'auto'
     out_BTKW = attend((q_BTKH, turned_BTKP), seen, rows, k_RKH, v_RKW, implementation)
-    out_KWD = layers.weight(self, 'out', 'KWD', 'KW', self.out_scale).astype(dtype)
+    out_KWD = layers.cast(layers.weight(self, 'out', 'KWD', 'KW', self.out_scale), dtype)
     out_BTKW = layers.kept(sharding.constrain(out_BTKW, 'BTKW'), 'attended')
     return layers.product('BTKW,KWD->BTD', out_BTKW, out_KWD), kept
 

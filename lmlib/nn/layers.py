@@ -8,7 +8,9 @@ adapter (adapters.py). It knows array(), astype() and, if it is Adapted, its own
 finds beside its weights it asks for with beside().
 """
 import dataclasses
+import functools
 import math
+import re
 from typing import Any
 
 from flax import linen as nn
@@ -79,6 +81,77 @@ class Adapted(struct.PyTreeNode):
     return self.replace(**{name: getattr(self, name).astype(dtype) for name in names})
 
 
+class Wide(struct.PyTreeNode):
+  """A float32 matrix to be computed with in another type, whose gradient stays float32: see cast()."""
+  inner: jax.Array
+  dtype: str = struct.field(pytree_node=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.inner.shape
+
+  def product(self, equation: str, x) -> jax.Array:
+    """The product() of x with this matrix."""
+    return _wide(equation, self.dtype, x, self.inner)
+
+  def array(self) -> jax.Array:
+    """The matrix in the type that is computed with."""
+    return self.inner.astype(self.dtype)
+
+
+def cast(w, dtype):
+  """A matrix as product() takes it, in the type of the activations.
+
+  A sum over devices has the type of its terms, and the gradient of a bfloat16 matrix is made of bfloat16 products of
+  each device. By Layout.wide_sums the matrix stays float32 up to the product, and its gradient is float32 as it leaves
+  the product of each device; the numbers that go into both are the same. ValueError where nothing is narrower.
+  """
+  return Wide(w, jnp.dtype(dtype).name) if _sums_wide(w, dtype) else w.astype(dtype)
+
+
+def looked_up(table, ids, dtype, axes: str | None = None):
+  """The rows of a table of weights at `ids`, in the type of the activations; see cast().
+
+  axes: the letters by which the table is laid out, if it is.
+  """
+  laid = lambda table: table if axes is None else sharding.constrain(table, axes)
+  if not _sums_wide(table, dtype):
+    return laid(table.astype(dtype))[ids]
+  rows = jax.custom_vjp(lambda table: laid(table.astype(dtype))[ids])
+  pulled = lambda _, dx: (jnp.zeros(table.shape, jnp.float32).at[ids].add(dx.astype(jnp.float32)),)
+  rows.defvjp(lambda table: (rows(table), None), pulled)
+  return rows(table)
+
+
+def _sums_wide(w, dtype) -> bool:
+  """Whether the gradient of a weight is to be wider than activations of this type."""
+  if not sharding.current().wide_sums:
+    return False
+  if jnp.dtype(dtype) == jnp.float32:
+    raise ValueError("Layout.wide_sums=True has no effect on a model with Execution.dtype='float32', whose gradients "
+                     'are summed in float32 as they are: leave wide_sums=False')
+  return isinstance(w, (jax.Array, np.ndarray)) and w.dtype == jnp.float32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _wide(equation: str, dtype: str, x, w):
+  return product(equation, x, w.astype(dtype))
+
+
+def _wide_forward(equation: str, dtype: str, x, w):
+  return _wide(equation, dtype, x, w), (x, w)
+
+
+def _wide_backward(equation: str, dtype: str, saved, dy):
+  x, w = saved
+  x_axes, w_axes, out = re.fullmatch(r'(\w+),(\w+)->(\w+)', equation).groups()
+  dx, = jax.vjp(lambda x: product(equation, x, w.astype(dtype)), x)[1](dy)
+  return dx, jnp.einsum(f'{x_axes},{out}->{w_axes}', x, dy, preferred_element_type=jnp.float32)
+
+
+_wide.defvjp(_wide_forward, _wide_backward)
+
+
 def after(module: nn.Module, name: str, x_BTD):
   """x, or what an adapter of this name beside `module` makes of it."""
   adapter = beside(module, name)
@@ -97,7 +170,7 @@ def product(equation: str, x, w) -> jax.Array:
   sums over one axis of length B * T, for which XLA on CPU needs no transposed copies. What stands for an array is
   made into one again by the backward pass, and not kept for it.
   """
-  if isinstance(w, Adapted):
+  if isinstance(w, (Adapted, Wide)):
     return w.product(equation, x)
   if not isinstance(w, (jax.Array, np.ndarray)):
     return jax.checkpoint(lambda x, w: product(equation, x, w.array()))(x, w)

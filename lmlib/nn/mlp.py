@@ -44,7 +44,7 @@ class Mlp(nn.Module):
     if self.style.gated:
       hidden_BTF *= self.into(x_BTD, 'up')
     hidden_BTF = layers.kept(sharding.constrain(hidden_BTF, 'BTF'), 'hidden')
-    down_FD = layers.weight(self, 'down', 'FD', 'F', self.out_scale).astype(x_BTD.dtype)
+    down_FD = layers.cast(layers.weight(self, 'down', 'FD', 'F', self.out_scale), x_BTD.dtype)
     y_BTD = layers.product('BTF,FD->BTD', hidden_BTF, down_FD)
     if self.style.bias:
       y_BTD += layers.bias(self, 'down_bias', 'D').astype(x_BTD.dtype)[None, None]
@@ -56,7 +56,7 @@ class Mlp(nn.Module):
 
   def into(self, x_BTD, name: str):
     """The projection `name` of x, BTF."""
-    y_BTF = layers.product('BTD,DF->BTF', x_BTD, layers.weight(self, name, 'DF', 'D').astype(x_BTD.dtype))
+    y_BTF = layers.product('BTD,DF->BTF', x_BTD, layers.cast(layers.weight(self, name, 'DF', 'D'), x_BTD.dtype))
     if self.style.bias:
       y_BTF += layers.bias(self, f'{name}_bias', 'F').astype(x_BTD.dtype)[None, None]
     return y_BTF

@@ -74,11 +74,12 @@ class MixtureOfExperts(nn.Module):
     return sharding.constrain(y_BTD, 'BTD'), routing.sums
 
   def matrices(self, dtype) -> tuple[dict, dict]:
-    """The experts' matrices and biases by name, in the type that is computed with, and their letters."""
+    """The experts' matrices and biases by name, and their letters; float32 where devices sum their gradients so."""
     style, weights, letters = self.experts.style, {}, {}
     matrices = [('up', 'EDF', 'D', 1.0), ('down', 'EFD', 'F', self.out_scale)]
     for name, axes, fan_in, scale in [('gate', 'EDF', 'D', 1.0)] * style.gated + matrices:
-      weights[name] = layers.array(layers.weight(self, name, axes, fan_in, scale).astype(dtype))
+      matrix = layers.cast(layers.weight(self, name, axes, fan_in, scale), dtype)
+      weights[name] = matrix.inner if isinstance(matrix, layers.Wide) else layers.array(matrix)
       letters |= {name: axes, f'{name}_bias': f'E{axes[-1]}'}
       if style.bias:
         weights[f'{name}_bias'] = layers.bias(self, f'{name}_bias', f'E{axes[-1]}').astype(dtype)
@@ -91,7 +92,7 @@ def computed(experts: Experts, weights: dict, x_MD, sizes_E, most: int | None):
   group_M = jnp.minimum(grouped.group(sizes_E, x_MD.shape[0]), sizes_E.shape[0] - 1)
 
   def product(x_MF, name: str):
-    y_MF = grouped.grouped_matmul(x_MF, weights[name], sizes_E, most=most)
+    y_MF = grouped.grouped_matmul(x_MF, weights[name].astype(x_MF.dtype), sizes_E, most=most)
     return y_MF + weights[f'{name}_bias'][group_M] if style.bias else y_MF
 
   hidden_MF = product(x_MD, 'gate' if style.gated else 'up')

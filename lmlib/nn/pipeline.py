@@ -69,7 +69,7 @@ def of(rows: int) -> Schedule:
   As many microbatches as the layout says, or else up to four a stage; fewer where the rows that a device has of
   the batch are no multiple of them, as in scoring. Where there are rounds, a multiple of the stages if there is one.
   """
-  stages, wanted = sharding.size(AXIS), sharding.pipeline()
+  stages, wanted = sharding.size(AXIS), sharding.current().pipeline
   parts = _each(rows)
   most = min(wanted.microbatches or 4 * stages, parts)
   fitting = [n for n in range(1, most + 1) if parts % n == 0]
@@ -85,7 +85,7 @@ def _each(rows: int) -> int:
 
 def check(rows: int, where: str):
   """ValueError if a batch of a run cannot be cut as the layout says; where: the settings that make it so many rows."""
-  stages, wanted = sharding.size(AXIS), sharding.pipeline()
+  stages, wanted = sharding.size(AXIS), sharding.current().pipeline
   if stages == 1:
     return
   each = _each(rows)
@@ -111,7 +111,7 @@ def told(rows: int) -> str:
 
 def divides(layers: int):
   """ValueError if the stages of the layout in use cannot share so many layers evenly."""
-  stages, rounds = sharding.size(AXIS), sharding.pipeline().rounds
+  stages, rounds = sharding.size(AXIS), sharding.current().pipeline.rounds
   if layers % (stages * rounds):
     fits = [n for n in range(1, layers + 1) if layers % (n * rounds) == 0]
     more = f' x Pipeline.rounds={rounds}' if rounds > 1 else ''

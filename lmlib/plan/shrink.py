@@ -22,7 +22,7 @@ MOST = {'head_width': HEAD_WIDTH, 'width': WIDTH, 'hidden': HIDDEN, 'length': LE
 def layout(whole: Layout, devices: int = 8) -> Layout:
   """A layout of the same mesh axes: each has two devices, and the largest ones more while `devices` allow it.
 
-  Of several slices there are two, and a pipeline chooses its microbatches itself.
+  Of several slices there are two, a pipeline chooses its microbatches itself, and sums are float32 as they are.
   """
   found = {name: 1 if size == 1 else 2 for name, size in zip(MESH_AXES, whole.sizes)}
   wanted = {name: math.inf if size == -1 else size for name, size in zip(MESH_AXES, whole.sizes)}
@@ -30,7 +30,7 @@ def layout(whole: Layout, devices: int = 8) -> Layout:
     if 2 * math.prod(found.values()) > devices:
       break
     found[max(several, key=lambda name: wanted[name] / found[name])] *= 2
-  return dataclasses.replace(whole, **found, slices=min(whole.slices, 2),
+  return dataclasses.replace(whole, **found, slices=min(whole.slices, 2), wide_sums=False,
                              pipeline=dataclasses.replace(whole.pipeline, microbatches=None))
 
 

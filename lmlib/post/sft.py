@@ -10,7 +10,7 @@ from flax import linen as nn
 import jax
 import optax
 
-from lmlib import sharding, trees
+from lmlib import fitting, sharding, trees
 from lmlib.models import protocol
 from lmlib.nn import adapters, matrices
 from lmlib.optim.state import state_bytes
@@ -50,7 +50,7 @@ class Tuning:
 
     ValueError if the layout in use does not fit the model.
     """
-    sharding.check(protocol.boxed(self.config))
+    fitting.check(protocol.boxed(self.config))
     return step_of.shapes_of(self.boxed(), optimizer)
 
   def state(self, base, optimizer: optax.GradientTransformation, key: jax.Array, tree=None) -> step_of.State:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmlib import sharding
+from lmlib import fitting, sharding
 from lmlib.models import protocol
 from lmlib.nn import pipeline
 from lmlib.optim.kinds import descended
@@ -65,7 +65,7 @@ def _updated(optimizer, grads, params, moments, sound):
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     return keep(optax.apply_updates(params, updates), params), keep(new, moments), norm, finite
 
-  if not sharding.offloads():
+  if not sharding.current().offload:
     return updated(params, moments)
   # Of a branch nothing begins before its condition is known, so moments come when the backward pass has ended.
   left = lambda params, moments: (params, sharding.near(moments), jnp.float32(jnp.nan), False)
@@ -112,7 +112,7 @@ def placed(boxed):
   """
   if not sharding.in_use():
     return nn.unbox(boxed)
-  sharding.check(boxed)
+  fitting.check(boxed)
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                       nn.unbox(boxed), sharding.shardings(boxed))
 
@@ -122,7 +122,7 @@ def shapes(config: protocol.Config, optimizer: optax.GradientTransformation) -> 
 
   ValueError if the layout in use does not fit the model.
   """
-  sharding.check(boxed := protocol.boxed(config))
+  fitting.check(boxed := protocol.boxed(config))
   return shapes_of(boxed, optimizer)
 
 
@@ -140,7 +140,7 @@ def shapes_of(boxed, optimizer: optax.GradientTransformation) -> State:
 
 def told(boxed, rows: int) -> str:
   """What the layout in use does with weights, and with microbatches of so many rows, for a report; '' if nothing."""
-  return '; '.join(filter(None, [sharding.told(boxed), pipeline.told(rows)]))
+  return '; '.join(filter(None, [fitting.told(boxed), pipeline.told(rows)]))
 
 
 def init(config: protocol.Config, optimizer: optax.GradientTransformation, key: jax.Array) -> State:

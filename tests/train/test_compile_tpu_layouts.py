@@ -1,4 +1,5 @@
 """What layouts change in programs for TPUs: memory by ZeRO and offload, collectives. Minutes of libtpu."""
+import dataclasses
 import functools
 
 import jax
@@ -71,3 +72,15 @@ def test_rows_that_are_split_are_never_gathered():
   _, found, _ = program(Layout(data=2, context=4))
   assert found.sent(kind='all-gather') < 1e4
   assert found.sent(kind='collective-permute', axis='context') > 0
+
+
+@pytest.mark.parametrize('layout', [Layout(data=8), Layout(data=1, fsdp=8), Layout(data=1, fsdp=8, zero=2)], ids=str)
+def test_gradients_are_summed_in_the_type_that_is_asked_for(layout):
+  """All of them but a few vectors."""
+  kinds = ('all-reduce', 'reduce-scatter')
+  (*_, weights), (_, narrow, _), (_, wide, _) = (
+      program(layout), program(layout), program(dataclasses.replace(layout, wide_sums=True)))
+  summed = lambda found, dtype: sum(found.sent(kind=kind, dtype=dtype) for kind in kinds)
+  assert summed(narrow, 'bf16') > 0.3 * weights
+  assert summed(wide, 'bf16') < 0.05 * summed(narrow, 'bf16')
+  assert summed(wide, 'f32') > 1.5 * summed(narrow, 'bf16')
