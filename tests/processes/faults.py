@@ -212,12 +212,29 @@ def test_a_finished_run_of_two_is_scored_as_by_one(tmp_path, texts):  # noqa: F8
 
 
 WATCHFUL = """
+from lmlib.eval import multiple_choice
+from lmlib.eval import prompting
+from lmlib.eval import written
 from lmlib.train import hosts
 from lmlib.train import keeping
 from lmlib.train import spikes
 from lmlib.train import traces
 from lmlib.train import watch
 
+pretrain.main.evaluations = (@evaluations.MultipleChoice(), @evaluations.Written(), @evaluations.Perplexity())
+evaluations.MultipleChoice:
+  folder = '{folder}/mmlu'
+  style = @multiple_choice.Style()
+  batch = 3
+multiple_choice.Style:
+  template = @prompting.Template()
+  shots = 0
+prompting.Template.name = '{folder}/short.jinja'
+evaluations.Written:
+  source = @written.QuestionFile()
+  metrics = ('f1', 'chrf')
+  new = 4
+written.QuestionFile.path = '{folder}/questions.jsonl'
 pretrain.main.keep = @keeping.Keep()
 keeping.Keep.best = 'perplexity/bits_per_byte'
 keeping.Keep.newest = 1
@@ -232,13 +249,17 @@ hosts.Stragglers.every = 10
 
 def test_what_is_scored_and_watched_in_a_run_of_two_is_what_one_finds(tmp_path, texts):  # noqa: F811
   """Evaluations on the way, a rule that keeps the best checkpoint, traces of each process, slow ones looked for."""
+  (tmp_path / 'mmlu' / 'test').mkdir(parents=True)
+  (tmp_path / 'mmlu' / 'test' / 'art_test.csv').write_text('q,a,b,c,d,A\nr,a,b,c,d,C\n')
+  (tmp_path / 'questions.jsonl').write_text('{"question": "q", "answer": "a"}\n{"question": "r", "answer": "b"}\n')
+  (tmp_path / 'short.jinja').write_text('{{ question.text }}')
   lines, kept = [], []
   for processes, sizes in ((2, SPLIT), (1, ())):
     folder = tmp_path / str(processes)
     folder.mkdir()
     run = Command(folder, texts, {})
     evaluated = EVALUATED.format(texts=texts).replace('evaluate_every = 25', 'evaluate_every = 7')
-    run.gin.write_text(run.gin.read_text() + evaluated + WATCHFUL)
+    run.gin.write_text(run.gin.read_text() + evaluated + WATCHFUL.format(folder=tmp_path))
     in_processes(processes, [sys.executable, '-u', str(ROOT / 'experiments/pretrain.py'), f'--gin_file={run.gin}', *(
         f'--gin_bindings={binding}' for binding in ('STEPS = 28', *sizes))], tmp_path)
     lines.append([json.loads(line) for line in (run.workdir / 'evaluations.jsonl').read_text().splitlines()])
@@ -249,6 +270,7 @@ def test_what_is_scored_and_watched_in_a_run_of_two_is_what_one_finds(tmp_path, 
   two, one = lines
   assert [line['step'] for line in two] == [line['step'] for line in one] == [7, 14, 21, 28]
   for mine, other in zip(two, one):
+    assert len(other['scores']) > 3
     assert mine['scores'] == pytest.approx(other['scores'], abs=1e-5)
   assert kept[0] == kept[1]
 
