@@ -277,14 +277,19 @@ def test_what_is_scored_and_watched_in_a_run_of_two_is_what_one_finds(tmp_path, 
 
 def test_an_adapter_tuned_by_two_is_that_of_one(tmp_path):
   source, chats = small.workdir(tmp_path / 'model'), small.chats(tmp_path / 'all.jsonl', 60)
-  scores = []
+  scores, written = [], []
   for processes, sizes in ((2, SPLIT), (1, ())):
     folder = tmp_path / str(processes)
     folder.mkdir()
-    (folder / 'tiny.gin').write_text(test_sft.GIN.format(source=source, chats=chats, workdir=folder / 'run'))
+    exact = ('from lmlib.eval import held_out_answers\nsft.main.exact = @held_out_answers.Exact()\n'
+             'held_out_answers.Exact.new = 4\n')
+    (folder / 'tiny.gin').write_text(test_sft.GIN.format(source=source, chats=chats, workdir=folder / 'run') + exact)
     in_processes(processes, [sys.executable, '-u', str(ROOT / 'experiments/sft.py'), f'--gin_file={folder}/tiny.gin', *(
         f'--gin_bindings={binding}' for binding in (*test_sft.LORA, *sizes))], tmp_path)
-    nats, = json.loads((folder / 'run/report/summary.json').read_text())['held_out']
-    scores.append((nats['before'], nats['after']))
+    measures = json.loads((folder / 'run/report/summary.json').read_text())['held_out']
+    scores.append([measure[when] for measure in measures for when in ('before', 'after')])
+    written.append(json.loads((folder / 'run/before.json').read_text())['written'])
     assert (folder / 'run/adapter').is_dir()
   assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+  assert written[0] == written[1]
+  assert len(written[0]) == 5
