@@ -23,7 +23,7 @@ from flax import linen as nn
 from flax import struct
 import jax
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 ALPHABET = frozenset('BTSDNKGHFVELJCMRQPWIUYAZX')
@@ -143,11 +143,13 @@ class Layout:
       return self.weights
     return tuple((letter, tuple(axis for axis in axes if axis != 'fsdp')) for letter, axes in self.weights)
 
-  def mesh(self, devices=None) -> Mesh:
-    """The mesh over `devices` (default: all). Raises ValueError if it does not use them all."""
+  def mesh(self, devices=None) -> Mesh | AbstractMesh:
+    """The mesh over `devices` (None: all; a number: devices that are not here). ValueError if it does not use all."""
     devices = jax.devices() if devices is None else devices
-    sizes = self._filled(len(devices))
+    sizes = self._filled(devices if isinstance(devices, int) else len(devices))
     auto = (AxisType.Auto,) * len(MESH_AXES)  # Linen knows no Explicit axes
+    if isinstance(devices, int):
+      return AbstractMesh(sizes, MESH_AXES, axis_types=auto)
     across = MESH_AXES.index(self.across)
     inside = tuple(size // self.slices if i == across else size for i, size in enumerate(sizes))
     parts = [mesh_utils.create_device_mesh(inside, part, allow_split_physical_axes=True)
@@ -197,15 +199,15 @@ def in_slices(devices, slices: int) -> list[list]:
 
 @contextlib.contextmanager
 def use(layout: Layout, devices=None):
-  """Makes the layout current for constrain() and shardings() inside; yields its mesh."""
+  """Makes the layout current inside; yields its mesh. With a number of devices only shapes can be found inside."""
   mesh = layout.mesh(devices)
-  device = mesh.devices.flat[0]
-  if layout.offload and HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
-    raise ValueError(f'Layout.offload={layout.offload} needs memory of kind {HOST!r}, but {device.device_kind} devices '
-                     f'have {kinds}: leave offload=False')
+  here = isinstance(mesh, Mesh)
+  if here and layout.offload and HOST not in (kinds := [m.kind for m in mesh.devices.flat[0].addressable_memories()]):
+    raise ValueError(f'Layout.offload={layout.offload} needs memory of kind {HOST!r}, but '
+                     f'{mesh.devices.flat[0].device_kind} devices have {kinds}: leave offload=False')
   token = _current.set((mesh, layout))
   try:
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if here else jax.sharding.use_abstract_mesh(mesh):
       yield mesh
   finally:
     _current.reset(token)

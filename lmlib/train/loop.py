@@ -21,9 +21,9 @@ def check(*, longest: int, seed: int, **counts: int):
   if length > longest:
     raise ValueError(f"length={length} is longer than the model's length={longest}")
   parts = sharding.batch_devices()
-  if batch % (parts * microbatches):
-    raise ValueError(f'batch={batch} is not a multiple of microbatches={microbatches} times the {parts} '
-                     'devices that the layout splits a batch over (data x fsdp x expert)')
+  if batch % (several := parts * microbatches):
+    raise ValueError(f'batch={batch} is not a multiple of microbatches={microbatches} times the {parts} devices that '
+                     f'the layout splits a batch over (data x fsdp x expert): {-(-batch // several) * several} is')
   pipeline.check(batch // microbatches, f'batch={batch} by microbatches={microbatches}')
   if length % (context := sharding.size('context')):
     raise ValueError(f'length={length} is not a multiple of the {context} devices that the layout splits rows over '
