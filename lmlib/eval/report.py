@@ -107,7 +107,7 @@ def closing(summary: dict, folder: pathlib.Path) -> str:
 
 def effort(summary: dict) -> list[str]:
   """How long it took."""
-  mfu = f', MFU {summary["mfu"]:.0%}' if summary['mfu'] else ''
+  mfu = f', {metrics.utilisation(summary["mfu"], 0)}' if summary['mfu'] else ''
   skipped = f', {summary["steps_skipped"]} steps skipped as not finite' if summary['steps_skipped'] else ''
   causes = summary['seconds_by_cause']
   return [f'trained     {summary["steps"]:,} steps, {summary["tokens"]:,} tokens in '

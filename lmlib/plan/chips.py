@@ -20,7 +20,7 @@ def peak_flops(devices) -> tuple[float, str] | tuple[None, str]:
   """(FLOP/s of all devices together, where the figure is from); None if the chip is not in the table."""
   kind = devices[0].device_kind
   if devices[0].platform == 'cpu':  # fake devices share one CPU: one measurement stands for all
-    return measured(), 'measured here by a float32 matrix product'
+    return measured(), 'measured here by a float32 matrix product; too low if other programs ran beside it'
   if kind not in PEAK:
     return None, f'{kind} is not in the table of plan/chips.py'
   return PEAK[kind] * len(devices), f'{len(devices)} × {kind} at {PEAK[kind] / 1e12:g} TFLOP/s'

@@ -137,9 +137,14 @@ class Live(Terminal):
   def show(self, step: int, steps: int, line: dict, left: float):
     if not self._out.isatty() and step % self._every and step not in (1, steps):
       return
-    mfu = f'  MFU {line["mfu"]:.1%}' if 'mfu' in line else ''
+    mfu = f'  {utilisation(line["mfu"])}' if 'mfu' in line else ''
     self.line(f'step {step}/{steps}  loss {line["loss"]:.4f}  {line["tokens_per_second"]:,.0f} tokens/s{mfu}'
               f'  {clock(left)} left')
+
+
+def utilisation(mfu: float, digits: int = 1) -> str:
+  """'MFU 26.2%'. More than all is no share: then the peak is too low, as one measured beside other programs is."""
+  return f'MFU {mfu:.{digits}%}' if mfu <= 1 else 'MFU unknown (faster than the peak that was taken)'
 
 
 def flattened(metrics: dict) -> dict:

@@ -56,6 +56,16 @@ def test_tokens_are_those_that_were_read(tmp_path):
   assert not {'read', 'weight'} & line.keys()
 
 
+def test_more_than_a_peak_is_no_utilisation():
+  """A CPU's peak is measured as the run begins; beside other programs it comes out too low."""
+  assert metrics.utilisation(0.2618) == 'MFU 26.2%'
+  assert metrics.utilisation(1.0, 0) == 'MFU 100%'
+  screen = Screen(False)
+  metrics.Live(screen).show(1, 9, {'loss': 1.0, 'tokens_per_second': 5.0, 'mfu': 1.3}, 3.0)
+  assert 'MFU unknown (faster than the peak that was taken)' in screen.getvalue()
+  assert '130' not in screen.getvalue()
+
+
 def test_without_a_known_peak_there_is_no_utilisation(tmp_path):
   written(tmp_path, [1], peak=None)
   assert 'mfu' not in metrics.read(tmp_path / 'metrics.jsonl')[0]
