@@ -48,18 +48,22 @@ class Sizes:
     """ValueError if the layout in use does not fit the model's weights, as a run asks: some a layer refuses itself."""
     fitting.check(protocol.boxed(self.trained.config))
 
+  def microbatch(self) -> dict:
+    """Shapes and types of the arrays of a microbatch."""
+    tokenizer = Bytes().train()
+    objective = shrink.objective(self.objective, tokenizer.vocab)
+    row = packed(objective, tokenizer, self.trained.config.vocab, 1, self.length, restart=True)
+    return {name: jax.ShapeDtypeStruct((self.rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
+
   def loss(self, boxed):
     """ValueError if a layer or the loss refuses a microbatch in the layout in use; boxed: the model's."""
-    trained, tokenizer = self.trained, Bytes().train()
+    trained = self.trained
     execution = trained.config.execution
     if execution.attention in ELSEWHERE and sharding.size('context') == 1:
       execution = dataclasses.replace(execution, attention='auto')
       trained = trained.replaced(config=dataclasses.replace(trained.config, execution=execution))
-    objective = shrink.objective(self.objective, tokenizer.vocab)
-    row = packed(objective, tokenizer, trained.config.vocab, 1, self.length, restart=True)
-    batch = {name: jax.ShapeDtypeStruct((self.rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
     frozen = () if boxed is self.trained.boxed else (nn.unbox(boxed),)
-    jax.eval_shape(trained.function, nn.unbox(trained.boxed), batch, *frozen)
+    jax.eval_shape(trained.function, nn.unbox(trained.boxed), self.microbatch(), *frozen)
 
 
 def checks(sizes: Sizes) -> list[Row]:
@@ -87,8 +91,16 @@ def checks(sizes: Sizes) -> list[Row]:
       why = refused(lambda: sizes.loss(boxed))
       rows.append(Row(CHECK, f'{type(sizes.trained.loss).__name__} of {sizes.rows} rows, traced', right=not why,
                       said=why))
-      rows += [Row(CHECK, 'layout', said=told) for told in [step_of.told(boxed, sizes.rows)] if told]
+      told = step_of.told(boxed, sizes.rows), answers(sizes)
+      rows += [Row(CHECK, 'layout', said='; '.join(filter(None, told)))] if any(told) else []
   return rows
+
+
+def answers(sizes: Sizes) -> str:
+  """What the layout in use leaves whole of what a decoder writes of its own length, for a report; '' if nothing."""
+  if (T := sizes.microbatch()['tokens_BT'].shape[1]) == sizes.length or not T % sharding.size('context'):
+    return ''
+  return f'context={sharding.size("context")}: rows of {T} tokens of the decoder stay whole'
 
 
 def devices(sizes: Sizes, boxed) -> list[int]:

@@ -166,11 +166,15 @@ def test_attention_of_a_gpu_is_no_fault_of_this_machine():
 
 
 def test_encoder_decoders():
-  specials = objectives.specials_after(300, 4)
+  specials = objectives.specials_after(300, 16)
   trained = verify.whole(encoder_decoder.Config(vocab=320), encoder_losses.SequenceToSequence())
   sizes = fits.Sizes(trained, denoising.SpanCorruption(specials, layout='encoder_decoder'),
                      Layout(data=1, context=4, tensor=4), 8, 64)
-  assert all(row.fine for row in fits.checks(sizes))
+  rows = fits.checks(sizes)
+  assert all(row.fine for row in rows)
+  written = sizes.microbatch()['tokens_BT'].shape[1]
+  assert written % 4
+  assert rows[-1].said == f'context=4: rows of {written} tokens of the decoder stay whole'
 
 
 def test_verify_ends_with_what_does_not_fit():

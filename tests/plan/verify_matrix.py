@@ -74,6 +74,18 @@ def test_layout_equals_one_device(model, layout):
   assert_fine(verify.of_layout(here, one(here)))
 
 
+@pytest.mark.parametrize(('density', 'mean', 'written'), [(0.15, 3.0, 11), (0.4, 4.0, 20), (0.52, 1.5, 32)])
+@pytest.mark.parametrize('layout', ['fsdp context tensor', 'stage context', 'data context'])
+def test_rows_of_encoder_decoders_are_split(layout, density, mean, written):
+  """32 tokens are read. Those written stay whole, or are split; or are as many: attention to what is read is a ring."""
+  several = {'stage context': dict(data=2, stage=2, context=2), 'data context': dict(data=2, context=4)} | LAYOUTS
+  objective = denoising.SpanCorruption(objectives.specials_after(300, 16), density, mean, layout='encoder_decoder')
+  here = verify.case(verify.whole(encoder_decoder.Config(), encoder_losses.SequenceToSequence()), objective,
+                     AdamW(Constant(1e-3)), Layout(**several[layout]))
+  assert (here.batch['inputs_BS'].shape[1], here.batch['tokens_BT'].shape[1]) == (32, written)
+  assert_fine(verify.of_layout(here, here.gradients()))
+
+
 @pytest.mark.parametrize(('config', 'loss', 'objective'), [
     (encoder.Config(), encoder_losses.MaskedToken(), objectives.MaskedLm(SPECIALS)),
     (encoder_decoder.Config(), encoder_losses.SequenceToSequence(),
