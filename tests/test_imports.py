@@ -9,8 +9,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # A package may import those of its own row and of the rows above.
 ORDER = [
-    {'sharding', 'trees', 'gin_text', 'terminal', 'wire', 'processes'}, {'kernels', 'data', 'optim', 'quant'}, {'nn'},
-    {'models'}, {'train'}, {'serve'}, {'post'}, {'eval'}, {'interop', 'plan'}, {'cli'}, {'experiments'}]
+    {'sharding', 'fitting', 'trees', 'gin_text', 'terminal', 'wire', 'processes'},
+    {'kernels', 'data', 'optim', 'quant'}, {'nn'}, {'models'}, {'train'}, {'serve'}, {'post'},
+    {'eval'}, {'interop', 'plan'}, {'cli'}, {'experiments'}]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 APART = [{'kernels', 'data', 'optim', 'quant'}, {'interop', 'plan'}]  # of one row, and strangers all the same
 KNOW_NO_ARCHITECTURE = {'train', 'serve', 'post', 'eval', 'plan'}

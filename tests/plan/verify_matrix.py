@@ -74,8 +74,9 @@ def test_layout_equals_one_device(model, layout):
   assert_fine(verify.of_layout(here, one(here)))
 
 
-@pytest.mark.parametrize(('density', 'mean', 'written'), [(0.15, 3.0, 11), (0.4, 4.0, 20), (0.52, 1.5, 32)])
-@pytest.mark.parametrize('layout', ['fsdp context tensor', 'stage context', 'data context'])
+@pytest.mark.parametrize(('layout', 'density', 'mean', 'written'), [
+    ('data context', 0.15, 3.0, 11), ('stage context', 0.4, 4.0, 20), ('fsdp context tensor', 0.4, 4.0, 20),
+    ('fsdp context tensor', 0.52, 1.5, 32)])
 def test_rows_of_encoder_decoders_are_split(layout, density, mean, written):
   """32 tokens are read. Those written stay whole, or are split; or are as many: attention to what is read is a ring."""
   several = {'stage context': dict(data=2, stage=2, context=2), 'data context': dict(data=2, context=4)} | LAYOUTS
