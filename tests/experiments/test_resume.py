@@ -159,6 +159,18 @@ def test_more_steps_go_on_from_a_finished_run(finished, command):
   assert json.loads((command.workdir / 'report/summary.json').read_text())['steps'] == 70
 
 
+def test_activations_may_have_another_type_on_the_way(finished, again):
+  """Weights are float32 in both, so the first loss of the other type differs by its rounding alone."""
+  done = again.last_step()
+  status, _, err = again.run("stack.Execution.dtype = 'bfloat16'")
+  assert (status, err) == (0, '')
+  assert numbers(again.metrics[:done]) == numbers(finished.metrics[:done])
+  assert [line['data'] for line in again.metrics] == [line['data'] for line in finished.metrics]
+  off = [abs(line['loss'] - other['loss']) for line, other in zip(again.metrics[done:], finished.metrics[done:])]
+  assert 0 < off[0] < 0.01
+  assert 0 < max(off) < 0.05
+
+
 def test_devices_layout_microbatches_scan_and_remat_may_change_on_the_way(finished, again):
   again.environment = again.environment | fake_devices(4) | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}  # compiles sooner
   status, out, err = again.run('sharding.Layout.data = 1', 'sharding.Layout.fsdp = 2',
