@@ -1,6 +1,6 @@
 python ?= python3
 
-.PHONY: install test lint parity kernels quickstart
+.PHONY: install test lint layouts faults parity kernels quickstart
 
 install:
 	$(python) -m pip install -e '.[test]' ruff==0.17.6
@@ -10,6 +10,15 @@ test:
 
 lint:
 	$(python) -m ruff check .
+
+# Every layout is one device; minutes.
+layouts:
+	$(python) -m pytest tests/plan/verify_matrix.py tests/nn/dispatch_matrix.py
+
+# Several real processes that are killed, stuck, slow, or lose their disk, and one run through twenty kills; half an hour.
+faults:
+	$(python) -m pytest -n 0 tests/processes/faults.py
+	$(python) -m tests.processes.soak --kills 20 --processes 4
 
 # Live comparison with transformers, which the default tests replace by kept logits.
 parity:
