@@ -237,7 +237,7 @@ def current() -> Layout:
   return _current.get()[1] if in_use() else Layout()
 
 
-def mesh() -> Mesh:
+def mesh() -> Mesh | AbstractMesh:
   """The mesh of the layout in use."""
   return _current.get()[0]
 

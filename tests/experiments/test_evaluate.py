@@ -14,19 +14,7 @@ from experiments import evaluate, pretrain
 from lmlib import cli
 from tests.experiments.conftest import ROOT
 
-GIN = '''
-from __gin__ import dynamic_registration
-from experiments import evaluate
-from lmlib.data import sources
-from lmlib.eval import evaluations
-from lmlib.eval import multiple_choice
-from lmlib.eval import prompting
-from lmlib.eval import written
-
-evaluate.main:
-  workdir = '{workdir}'
-  out = '{folder}/report'
-  evaluations = (@evaluations.MultipleChoice(), @evaluations.Written(), @evaluations.Perplexity())
+QUESTIONS = '''\
 evaluations.MultipleChoice:
   folder = '{folder}/mmlu'
   style = @multiple_choice.Style()
@@ -40,7 +28,21 @@ evaluations.Written:
   metrics = ('f1', 'chrf')
   new = 4
 written.QuestionFile.path = '{folder}/questions.jsonl'
-evaluations.Perplexity:
+'''
+GIN = '''
+from __gin__ import dynamic_registration
+from experiments import evaluate
+from lmlib.data import sources
+from lmlib.eval import evaluations
+from lmlib.eval import multiple_choice
+from lmlib.eval import prompting
+from lmlib.eval import written
+
+evaluate.main:
+  workdir = '{workdir}'
+  out = '{folder}/report'
+  evaluations = (@evaluations.MultipleChoice(), @evaluations.Written(), @evaluations.Perplexity())
+''' + QUESTIONS + '''evaluations.Perplexity:
   source = @sources.TextFiles()
   limit = 3
   batch = 1

@@ -9,6 +9,7 @@ import pytest
 
 from lmlib import sharding, trees
 from lmlib.models import dense, encoder_decoder, latent_moe, moe, protocol
+from lmlib.nn import layers
 from lmlib.nn.decoder import Ends
 from lmlib.nn.moe import Experts
 from lmlib.nn.stack import Execution
@@ -108,9 +109,13 @@ def test_what_leaves_a_product_is_float32(kind, matrices):
   assert of(wide) - of(narrow) == matrices
 
 
-def test_without_it_programs_are_what_they_were():
-  text = sums(DENSE, Layout(data=8))
-  assert 'custom_vjp' not in text.replace('custom_vjp_call[name=_chunked', '')
+@pytest.mark.parametrize('kind', ['dense', 'experts'])
+def test_without_it_weights_are_cast_and_no_more(kind, monkeypatch):
+  plain = sums(MODELS[kind], Layout(data=8))
+  monkeypatch.setattr(layers, 'cast', lambda w, dtype: w.astype(dtype))
+  monkeypatch.setattr(layers, 'looked_up', lambda table, ids, dtype, axes: sharding.constrain(
+      table.astype(dtype), axes)[ids])
+  assert sums(MODELS[kind], Layout(data=8)) == plain
 
 
 @pytest.mark.parametrize('config', [DENSE, MODELS['experts']])

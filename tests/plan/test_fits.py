@@ -42,6 +42,8 @@ WRONG = {
                      r'batch=8 .* microbatches=4 times the 4 devices.*16 is'),
     'context': (DENSE, dict(context=8), dict(length=44),
                 r'length=44 is not a multiple of the 8 devices .*\(context\): 40 is'),
+    'sums': (DENSE, dict(data=8, wide_sums=True), {},
+             r"Layout.wide_sums=True has no effect on a model with Execution.dtype='float32'"),
     'ring': (dataclasses.replace(DENSE, execution=Execution(attention='hopper')), dict(context=8), {},
              r"attention around a ring implementation='hopper' is none of \['gpu', 'reference', 'tpu'\]")}
 

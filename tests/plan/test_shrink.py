@@ -36,6 +36,10 @@ def test_layouts_keep_their_axes(whole, small):
   assert shrink.layout(whole) == dataclasses.replace(whole, **dict(data=1, fsdp=1) | small)
 
 
+def test_sums_that_are_wide_by_choice_are_float32_in_a_small_run_as_they_are():
+  assert shrink.layout(Layout(data=8, wide_sums=True)) == Layout(data=8)
+
+
 def test_layers_are_as_many_as_stages_take():
   whole = dense.Config(layers=24)
   assert shrink.model(whole, Layout(data=1, stage=4), 64).layers == 4

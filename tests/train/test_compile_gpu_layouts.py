@@ -1,42 +1,18 @@
 """A step by each layout, compiled for eight H100 of one host or two. Minutes; skipped where there is no CUDA plugin."""
 import re
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 import pytest
 
-from lmlib import sharding, trees
-from lmlib.models import dense, moe, protocol
+from lmlib import sharding
+from lmlib.models import dense, moe
 from lmlib.nn.moe import Experts
-from lmlib.nn.stack import Execution
-from lmlib.optim.adamw import AdamW
-from lmlib.optim.schedules import Constant
-from lmlib.plan import compiled, hlo
+from lmlib.plan import compiled
 from lmlib.sharding import Layout
-from lmlib.train import losses
-from lmlib.train import step as step_of
+from tests.train.compiling import SIZES, program
 
 pytestmark = pytest.mark.skipif(not compiled.available('cuda'), reason="JAX's CUDA plugin is not installed")
-B, T = 16, 256
-SIZES = {'vocab': 1024, 'layers': 2, 'width': 512, 'heads': 4, 'kv_heads': 4, 'head_width': 128, 'length': T,
-         'execution': Execution(dtype='bfloat16', remat='full')}
 DENSE = dense.Config(**SIZES, hidden=2048)
 MOE = moe.Config(**SIZES, experts=Experts(count=16, hidden=1024))
-
-
-def program(config, layout: Layout, machine: str = 'h100:8'):
-  """(memory_analysis() of a compiled step, its collectives, its text, bytes of all weights)."""
-  tx = AdamW(Constant(1e-3)).transformation(sharding.letters(protocol.boxed(config)), 10)
-  with sharding.use(layout, compiled.topology(machine).devices) as mesh:
-    shapes = step_of.shapes(config, tx)
-    where = NamedSharding(mesh, sharding.spec('BT', (B, T), mesh, layout.arrays))
-    batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where)
-             for name in ('tokens_BT', 'targets_BT', 'segments_BT')}
-    batch['weight_BT'] = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=where)
-    made = step_of.compiled(losses.NextToken().of(config), tx, 1, shapes).lower(shapes, batch).compile()
-    text = made.as_text()
-    return made.memory_analysis(), hlo.collectives(text, mesh), text, trees.nbytes(shapes.params)
 
 
 @pytest.mark.parametrize('machine', ['h100:8', 'h100:2x4'])
@@ -49,7 +25,7 @@ def test_weights_and_their_state_are_split(machine):
 @pytest.mark.parametrize('layout', [Layout(data=2, tensor=4, sequence=True), Layout(data=2, context=4),
                                     Layout(data=1, fsdp=4, stage=2)], ids=str)
 def test_what_devices_send_each_other_goes_over_the_axes_of_the_layout(layout):
-  _, found, _, _ = program(DENSE, layout)
+  _, found, _, _ = program(DENSE, layout, 'h100:8')
   seen = {axis for each in found.collectives for axis in each.axis.split('+')}
   assert seen == {axis for axis, size in zip(sharding.MESH_AXES, layout.sizes) if size > 1}
 
@@ -57,7 +33,7 @@ def test_what_devices_send_each_other_goes_over_the_axes_of_the_layout(layout):
 @pytest.mark.parametrize('layout', [Layout(data=1, expert=8), Layout(data=1, fsdp=2, expert=4),
                                     Layout(data=1, expert=4, tensor=2)], ids=str)
 def test_tokens_travel_to_their_experts_by_the_operation_for_it(layout):
-  _, found, text, _ = program(MOE, layout)
+  _, found, text, _ = program(MOE, layout, 'h100:8')
   assert re.search(r' ragged-all-to-all(-start)?\(', text)
   assert found.sent(kind='ragged-all-to-all', axis='expert') > 0
 

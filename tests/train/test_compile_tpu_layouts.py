@@ -2,39 +2,23 @@
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 import pytest
 
-from lmlib import sharding, trees
-from lmlib.models import dense, protocol
-from lmlib.nn.stack import Execution
-from lmlib.optim.adamw import AdamW
-from lmlib.optim.schedules import Constant
-from lmlib.plan import compiled, hlo
+from lmlib.models import dense
+from lmlib.plan import compiled
 from lmlib.sharding import Layout
-from lmlib.train import losses
-from lmlib.train import step as step_of
+from tests.train import compiling
+from tests.train.compiling import SIZES, WIDTH, B, T
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason='libtpu is not installed')
-B, T, WIDTH = 16, 256, 512
-CONFIG = dense.Config(vocab=1024, layers=2, width=WIDTH, hidden=2048, heads=4, kv_heads=4, head_width=128, length=T,
-                      execution=Execution(dtype='bfloat16', remat='full'))
+CONFIG = dense.Config(**SIZES, hidden=2048)
 
 
 @functools.cache
 def program(layout: Layout):
   """(memory_analysis() of a compiled step on eight v5e, its collectives, bytes of all weights)."""
-  tx = AdamW(Constant(1e-3)).transformation(sharding.letters(protocol.boxed(CONFIG)), 10)
-  with sharding.use(layout, compiled.topology('v5e:2x4').devices) as mesh:
-    shapes = step_of.shapes(CONFIG, tx)
-    where = NamedSharding(mesh, sharding.spec('BT', (B, T), mesh, layout.arrays))
-    batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where)
-             for name in ('tokens_BT', 'targets_BT', 'segments_BT')}
-    batch['weight_BT'] = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=where)
-    made = step_of.compiled(losses.NextToken().of(CONFIG), tx, 1, shapes).lower(shapes, batch).compile()
-    return made.memory_analysis(), hlo.collectives(made.as_text(), mesh), trees.nbytes(shapes.params)
+  memory, found, _, weights = compiling.program(CONFIG, layout, 'v5e:2x4')
+  return memory, found, weights
 
 
 def test_a_device_keeps_what_zero_says():
