@@ -21,9 +21,9 @@ from lmlib.kernels import (
     attention_cudnn,
     attention_gpu,
     attention_hopper,
+    attention_parts,
     attention_tpu,
     choice,
-    decode_attention,
     ring_attention,
     tpu,
 )
@@ -122,16 +122,14 @@ def chosen(q_BTKGH, k_BSKH, v_BSKH, pattern: Pattern, rows: Rows, added) -> str:
   """The fastest implementation that is proven for a case.
 
   On the GPUs of PROVEN and for 16-bit arrays, unless it is a step of decoding or has slopes or a bias, which the
-  kernels have not met there: 'hopper', else 'gpu'. On TPUs, and in programs compiled for them elsewhere, 'decode_tpu'
-  for a few queries of a cache and 'tpu' for at least SHORT_TPU queries: both are proven by the simulator of a TPU and
-  by compilation for five chips, and have not been timed. Else, and everywhere else, 'blocked' where that can do the
-  case, which is causal training on plain or packed rows; else
-  'reference'. 'cudnn' is never chosen: its results may differ from run to run.
+  kernels have not met there: 'hopper', else 'gpu'. On TPUs, and in programs compiled for them elsewhere, 'tpu' for at
+  least SHORT_TPU queries: it is proven by the simulator of a TPU and by compilation for five chips, and has not been
+  timed. Else, and everywhere else, 'blocked' where that can do the case, which is causal training on plain or packed
+  rows; else 'reference'. 'cudnn' is never chosen: its results may differ from run to run.
   """
   names = ['blocked']
   if tpu.chip() is not None:
-    cached = rows.place_BT is not None and rows.place_BS is not None
-    names = ['decode_tpu'] * cached + ['tpu'] * (q_BTKGH.shape[1] >= SHORT_TPU) + names
+    names = ['tpu'] * (q_BTKGH.shape[1] >= SHORT_TPU) + names
   if _proven() and q_BTKGH.dtype != jnp.float32 and q_BTKGH.shape[1] >= SHORT and set(added) <= {'sinks'}:
     names = ['hopper', 'gpu', 'blocked']
   able = [name for name in names if not LACKING[name](q_BTKGH, k_BSKH, v_BSKH, pattern, rows, added)]
@@ -157,7 +155,7 @@ def _blocked(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, **none):
 
 
 def _apart(kernel):
-  """A kernel that XLA cannot split, run by every device on its own rows and heads."""
+  """A file's kernel, which XLA cannot split, run by every device on its own rows and heads."""
 
   def run(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, *, slope_KG=None, bias_BKGTS=None, sink_KG=None):
     named = {'place_BT': 'BT', 'place_BS': 'BS', 'segment_BT': 'BT', 'segment_BS': 'BS', 'prefix_BS': 'BS'}
@@ -171,8 +169,9 @@ def _apart(kernel):
 
     def mine(q_BTKGH, k_BSKH, v_BSKH, *arrays):
       arrays = dict(zip([*given, *more], arrays))
-      return kernel(q_BTKGH, k_BSKH, v_BSKH, pattern, Rows(**{name: arrays[name] for name in given}),
-                    **{name: arrays[name] for name in more})
+      here = rows.replace(**{name: arrays[name] for name in given})
+      attend = functools.partial(attention_parts.behind, kernel.partial_attention) if rows.front else kernel.attention
+      return attend(q_BTKGH, k_BSKH, v_BSKH, pattern, here, **{name: arrays[name] for name in more})
 
     axes = ['BTKGH', 'BSKH', 'BSKH', *(named[name] for name in (*given, *more))]
     return sharding.each(mine, axes, 'BTKGH')(q_BTKGH, k_BSKH, v_BSKH, *given.values(), *more.values())
@@ -233,13 +232,10 @@ def mask(T: int, S: int, pattern: Pattern = Pattern(), rows: Rows = Rows()):
   return seen_BTS
 
 
-IMPLEMENTATIONS = {'reference': reference, 'blocked': _blocked, 'gpu': _apart(attention_gpu.attention),
-                   'hopper': _apart(attention_hopper.attention), 'cudnn': _apart(attention_cudnn.attention),
-                   'tpu': _apart(attention_tpu.attention),
-                   'decode_tpu': decode_attention.attends('tpu'), 'decode_gpu': decode_attention.attends('gpu')}
+IMPLEMENTATIONS = {'reference': reference, 'blocked': _blocked, 'gpu': _apart(attention_gpu),
+                   'hopper': _apart(attention_hopper), 'cudnn': _apart(attention_cudnn), 'tpu': _apart(attention_tpu)}
 # What of a case each cannot do: functions of (q, k, v, pattern, rows, what is added to scores) -> names.
 LACKING = {'reference': lambda *case: [], 'blocked': attention_blocked.lacking, 'gpu': attention_gpu.lacking,
-           'hopper': attention_hopper.lacking, 'cudnn': attention_cudnn.lacking, 'tpu': attention_tpu.lacking,
-           'decode_tpu': decode_attention.cannot('tpu'), 'decode_gpu': decode_attention.cannot('gpu')}
+           'hopper': attention_hopper.lacking, 'cudnn': attention_cudnn.lacking, 'tpu': attention_tpu.lacking}
 OF_PARTS = {name: functools.partial(ring_attention.lacking, kernel) for name, kernel in ring_attention.KERNELS.items()}
-DECODING = ('reference', 'decode_tpu', 'decode_gpu')  # implementations of steps of decoding
+LACKING |= {name: OF_PARTS[name] for name in ('gpu', 'tpu')}  # keys in front are a part beside them

@@ -177,30 +177,19 @@ def _apart(kernel, q_BTKGH, held: Held, pattern, place_BT, sink_KG):
   return sharding.each(mine, axes, ('BTKGH', 'BTKG'))(q_BTKGH, place_BT, *arrays.values(), *more)
 
 
-def attends(name: str):
-  """An implementation of kernels.attention by one of here; see there."""
+def of_step(q_BTKGH, held: Held, added: list[str], asked: str) -> str | None:
+  """The implementation by which a model's step reads its cache in its place: the kernel that is asked for, one of
+  DECODING, or, by 'auto', the one that is proven for the case.
 
-  def attention(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, *, slope_KG=None, bias_BKGTS=None, sink_KG=None):
-    B, T, S = *q_BTKGH.shape[:2], k_BSKH.shape[1]
-    place = lambda place, size: jnp.broadcast_to(jnp.arange(size)[None] if place is None else place, (B, size))
-    held = Held(jnp.moveaxis(k_BSKH, 1, 2), jnp.moveaxis(v_BSKH, 1, 2), place_BS=place(rows.place_BS, S))
-    return _apart(IMPLEMENTATIONS[name], q_BTKGH, held, pattern, place(rows.place_BT, T), sink_KG)[0]
-
-  return attention
-
-
-def cannot(name: str):
-  """What of a case of kernels.attention an implementation of here cannot do; see LACKING there."""
-
-  def lacking(q_BTKGH, k_BSKH, v_BSKH, pattern, rows, added) -> list[str]:
-    cases = {**dict.fromkeys([kind for kind in added if kind != 'sinks'], True),
-             'keys in front': rows.front, 'documents': rows.segment_BT is not None,
-             'a prefix': rows.prefix_BS is not None}
-    turned = lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype)
-    return ([case for case, there in cases.items() if there]
-            + LACKING[name](q_BTKGH, Held(turned(k_BSKH), turned(v_BSKH))))
-
-  return lacking
+  None: there is none, and kernels.attention meets the keys as whole arrays. added: what else there is to scores or
+  keys, which no kernel of here can do. ValueError if the kernel that was asked for cannot do the case.
+  """
+  if asked == 'reference' or (asked == 'auto' and (added or chosen(q_BTKGH, held) == 'reference')):
+    return None
+  lacking = {name: lambda q, held, by=by: added + LACKING[by](q, held) for name, by in DECODING.items()}
+  lacking['reference'] = lambda q, held: []
+  auto = lambda q, held: f'decode_{chosen(q, held)}'
+  return DECODING[choice.chosen('attention of steps', asked, auto, lacking, (q_BTKGH, held))]
 
 
 def _lacking(kernel):
@@ -214,3 +203,4 @@ IMPLEMENTATIONS = {'reference': reference, 'tpu': decode_attention_tpu.attention
                    'gpu': decode_attention_gpu.attention}
 LACKING = {'reference': lambda q_BTKGH, held: [], 'tpu': _lacking(decode_attention_tpu),
            'gpu': _lacking(decode_attention_gpu)}
+DECODING = {'reference': 'reference', 'decode_tpu': 'tpu', 'decode_gpu': 'gpu'}  # names of them in Execution.decoding

@@ -87,7 +87,7 @@ class Config:
     """An empty cache for `batch` rows of at most `length` places of the decoder; the first call gives it the inputs."""
     shape = (self.kv_heads, self.head_width)
     return CrossCache(Cache.empty((shape, shape), layers=self.layers, batch=batch, length=length,
-                                  dtype=self.execution.dtype))
+                                  dtype=self.execution.cached))
 
   def of_inputs(self, name: str) -> bool:
     """Whether a weight of this path multiplies tokens of the inputs, not those of the decoder."""
@@ -116,7 +116,7 @@ class WritingBlock(Block):
     layer, kv, crossed = per_layer
     cfg, norm, drop = self.cfg, self.cfg.norms.norm, self.dropping(3, layer, dropout_B)
     cross = CrossAttention(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_width, cfg.sees_all, cfg.norms.epsilon,
-                           self.out_scale, cfg.execution.attention, name='cross_attention')
+                           self.out_scale, cfg.execution.attention, cached=cfg.execution.cache, name='cross_attention')
 
     before = lambda x_BTD, name: sharding.gathered(norm(f'{name}_norm')(x_BTD))
     after = lambda y_BTD, name: layers.kept(

@@ -71,8 +71,8 @@ class Config(DecoderConfig):
 
   def cache(self, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of at most `length` places; its layers are the dense ones and the others."""
-    shapes = (self.attention.rank,), (self.attention.turned_width,)
-    empty = lambda layers: Cache.empty(shapes, layers=layers, batch=batch, length=length, dtype=self.execution.dtype)
+    empty = lambda layers: Cache.empty(((1, self.attention.kept),), layers=layers, batch=batch, length=length,
+                                       dtype=self.execution.cached)
     first, last = empty(self.dense_layers), empty(self.layers - self.dense_layers)
     return last.replace(layers=(first.layers, last.layers))
 

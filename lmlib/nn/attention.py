@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lmlib import sharding
 from lmlib.kernels import attention as kernel
+from lmlib.kernels import decode_attention
 from lmlib.kernels.attention import Pattern, Rows
 from lmlib.nn import layers
 from lmlib.nn.places import Places
@@ -92,10 +93,7 @@ class Attention(nn.Module):
         rows = Rows(segment_BT=coming.real_BT)  # the same, and blocked attention can do it
     if (prefix := layers.beside(self, 'prefix')) is not None:
       seen, rows = prefix.join(seen), rows.replace(front=prefix.k.shape[0])
-    implementation = self.implementation
-    if kv is not None:
-      implementation = self.decoding if places.coming.step else 'auto'
-    attended_BTKGH = self.attended(q_BTKGH, seen, rows, places, kind, implementation)
+    attended_BTKGH = self.attended(q_BTKGH, seen, rows, places, kind, kv)
     out_BTKGH = layers.kept(sharding.constrain(attended_BTKGH, 'BTKGH'), 'attended')
     return self.out(out_BTKGH), kv
 
@@ -133,13 +131,20 @@ class Attention(nn.Module):
       return turns[local[0]]
     return jax.tree.map(lambda *both: jnp.stack(both)[jnp.asarray(local)[kind]], *turns)
 
-  def attended(self, q_BTKGH, seen, rows, places: Places, kind, implementation: str):
+  def attended(self, q_BTKGH, seen, rows, places: Places, kind, kv=None):
     """What the heads read, BTKGH, by the pattern of this layer's kind."""
     sink_KG = layers.bias(self, 'sink_bias', 'KG') if self.style.sinks else None
-    attend = lambda pattern, q, kv: kernel.attention(
-        q, *kv, pattern, rows, slope_KG=places.slope_KG, bias_BKGTS=places.bias_BKGTS, sink_KG=sink_KG,
-        implementation=implementation)
+    added = {'slopes': places.slope_KG, 'a bias': places.bias_BKGTS, 'keys in front': rows.front or None}
+    added = [name for name, there in added.items() if there is not None]
+    held = places.coming.held(seen, kv) if kv is not None and places.coming.step else None
+    if held is not None and (by := decode_attention.of_step(q_BTKGH, held, added, self.decoding)):
+      attend = lambda pattern, q_BTKGH, held: decode_attention.decode_attention(
+          q_BTKGH, held, pattern, place_BT=rows.place_BT, sink_KG=sink_KG, implementation=by)
+      given = q_BTKGH, held
+    else:
+      attend = lambda pattern, q_BTKGH, seen: kernel.attention(
+          q_BTKGH, *seen, pattern, rows, slope_KG=places.slope_KG, bias_BKGTS=places.bias_BKGTS, sink_KG=sink_KG,
+          implementation=self.implementation if kv is None else 'auto')
+      given = q_BTKGH, seen
     branches = [functools.partial(attend, pattern) for pattern in self.style.kinds]
-    if len(branches) == 1:
-      return branches[0](q_BTKGH, seen)
-    return jax.lax.switch(kind, branches, q_BTKGH, seen)
+    return branches[0](*given) if len(branches) == 1 else jax.lax.switch(kind, branches, *given)

@@ -2,7 +2,8 @@
 
 A layer's arrays are what its attention keeps of each place: keys and values, or less. Places are the axis before
 the last, behind that of heads, so that products with a head's keys read them where they are. Place p of a row lies
-in slot p, or in slot p modulo their number where layers see no further back than that (a ring).
+in slot p, or in slot p modulo their number where layers see no further back than that (a ring). Entries may be of 8
+bits with a scale a place and head (Scaled), a quarter of what float32 takes.
 """
 from typing import Any
 
@@ -10,13 +11,42 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from lmlib.kernels.decode_attention import MOST
+from lmlib.kernels.decode_attention import MOST, Held
+from lmlib.quant import integers
+
+EIGHTS = ('int8', 'float8_e4m3fn')  # types of Scaled
+
+
+@struct.dataclass
+class Scaled:
+  """Entries of 8 bits, such as BKSH, and what those of a place and head are multiplied by, BKS1 in float32."""
+  values: jax.Array
+  scale: jax.Array
+
+  @classmethod
+  def of(cls, x, dtype) -> 'Scaled':
+    """Each entry to the nearest number of 8 bits; the largest of a place and head is met exactly."""
+    values, scale = integers.rows(x, dtype)
+    return cls(values, scale[..., None])
+
+  def plain(self, dtype) -> jax.Array:
+    """The entries as one array."""
+    return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+def plain(kept, dtype):
+  """What a layer keeps, arrays or Scaled, as arrays; those that are some already stay of their type."""
+  return _each(lambda x: x.plain(dtype) if isinstance(x, Scaled) else x, kept)
+
+
+def _each(function, *trees):
+  return jax.tree.map(function, *trees, is_leaf=lambda x: isinstance(x, Scaled))
 
 
 @struct.dataclass
 class Cache:
   """What row b knows of its first used_B[b] places."""
-  layers: Any  # arrays such as (k_LBKSH, v_LBKSH) or (c_LBSR, r_LBSP), or a list of L without L (stack.Apart)
+  layers: Any  # arrays or Scaled, such as (k_LBKSH, v_LBKSH), or a list of L without L (stack.Apart)
   used_B: jax.Array
   tokens_BS: jax.Array  # what the places hold; their number is the cache's length
   slots: int = struct.field(pytree_node=False)  # places that are kept; fewer than the length: the last ones
@@ -26,11 +56,16 @@ class Cache:
   def empty(cls, shapes, *, layers: int, batch: int, length: int, dtype, window: int | None = None) -> 'Cache':
     """An empty cache for `batch` rows of `length` places; `shapes` are those of a place in a layer's arrays.
 
-    window: no layer sees further back than so many places, which is all that is kept.
+    dtype: of EIGHTS for Scaled. window: no layer sees further back than so many places, which is all that is kept.
     """
     slots = length if window is None else min(window, length)
-    arrays = tuple(jnp.zeros((layers, batch, *shape[:-1], slots, shape[-1]), dtype) for shape in shapes)
-    return cls(arrays, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, length), jnp.int32), slots, fresh=True)
+
+    def zeros(shape):
+      x = jnp.zeros((layers, batch, *shape[:-1], slots, shape[-1]), dtype)
+      return Scaled(x, jnp.zeros((*x.shape[:-1], 1), jnp.float32)) if x.dtype.name in EIGHTS else x
+
+    used_B, tokens_BS = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, length), jnp.int32)
+    return cls(tuple(map(zeros, shapes)), used_B, tokens_BS, slots, fresh=True)
 
   @property
   def length(self) -> int:
@@ -98,17 +133,31 @@ class Coming:
     if self.ring:  # of more tokens than slots the last stay
       kept_BT = (self.place_BT >= 0) & (self.place_BT >= self.used_B[:, None] - self.slots)
       slot_BT = jnp.where(kept_BT, self.place_BT % self.slots, self.slots)
-    return jax.tree.map(lambda old, new: put(old, new, slot_BT), old, new)
+
+    def with_new(old, new):
+      new = Scaled.of(new, old.values.dtype) if isinstance(old, Scaled) else new
+      return jax.tree.map(lambda old, new: put(old, new, slot_BT), old, new)
+
+    return _each(with_new, old, new)
 
   def join(self, old, new):
     """(what queries of the new tokens may look at, such as BSKH, at places_BS; a layer's arrays afterwards)."""
     after = self.put(old, new)
     if self.fresh:
       return new, after
-    seen = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 1), old if self.pushes else after)
+    dtype = jax.tree.leaves(new)[0].dtype
+    seen = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 1), plain(old if self.pushes else after, dtype))
     if self.pushes:
       seen = jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1), seen, new)
     return seen, after
+
+  def held(self, seen, after, value_width: int | None = None) -> Held:
+    """What join() gave, keys and values or keys that begin with values, as kernels of steps read it: in its place."""
+    if self.pushes:
+      after = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), seen)
+    values = [x.values if isinstance(x, Scaled) else x for x in after] + [None]
+    scales = [x.scale[..., 0] if isinstance(x, Scaled) else None for x in after] + [None]
+    return Held(*values[:2], k_scale=scales[0], v_scale=scales[1], place_BS=self.places_BS, value_width=value_width)
 
   @property
   def pushes(self) -> bool:

@@ -13,7 +13,7 @@ from lmlib.kernels import attention as kernel
 from lmlib.kernels.attention import Rows
 from lmlib.nn import layers
 from lmlib.nn.attention import Attention
-from lmlib.nn.cache import Cache, taken
+from lmlib.nn.cache import Cache, Scaled, plain, taken
 
 
 @struct.dataclass
@@ -47,16 +47,23 @@ class CrossCache:
 
 class CrossAttention(Attention):
   """Queries of x, keys and values of a memory. Positions do not enter, every query sees all of its document."""
+  cached: str | None = None  # type of Scaled keys and values in the cache; None: that of x
 
   @nn.compact
   def __call__(self, x_BTD, memory: Memory, kv=None):
-    """Returns attention of x, BTD, and the keys and values (k_BSKH, v_BSKH), which `kv` gives where it is not None."""
+    """Returns attention of x, BTD, and the keys and values (k_BSKH, v_BSKH), which `kv` gives where it is not None.
+
+    They come and go as a cache keeps them, and are met as they are when they are made.
+    """
     q_BTKGH = self.normed(self.into(x_BTD, 'q', 'KGH'), 'q_norm')
     implementation = self.implementation if kv is None else 'auto'
     if kv is None:
       k_BSKH, v_BSKH = self.into(memory.x_BSD, 'k', 'KH'), self.into(memory.x_BSD, 'v', 'KH')
-      kv = self.normed(k_BSKH, 'k_norm'), v_BSKH
+      seen = self.normed(k_BSKH, 'k_norm'), v_BSKH
+      kv = tuple(Scaled.of(x, self.cached) for x in seen) if memory.kept and self.cached else seen
+    else:
+      seen = plain(kv, x_BTD.dtype)
     pattern, = self.style.kinds
-    attended_BTKGH = kernel.attention(q_BTKGH, *kv, pattern, memory.rows, implementation=implementation)
+    attended_BTKGH = kernel.attention(q_BTKGH, *seen, pattern, memory.rows, implementation=implementation)
     out_BTKGH = layers.kept(sharding.constrain(attended_BTKGH, 'BTKGH'), 'attended')
     return self.out(out_BTKGH), kv

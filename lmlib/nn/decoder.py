@@ -69,7 +69,7 @@ class DecoderConfig:
   def cache(self, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of at most `length` places."""
     shape = (self.kv_heads, self.head_width)
-    return Cache.empty((shape, shape), layers=self.layers, batch=batch, length=length, dtype=self.execution.dtype,
+    return Cache.empty((shape, shape), layers=self.layers, batch=batch, length=length, dtype=self.execution.cached,
                        window=self.attention.window)
 
   def attention_flops(self, length: int) -> float:

@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads from one small latent a token.
 
-  c = norm(x kv_down)             R entries, and r = turn(x k_turned), P entries: all that a cache keeps
+  c = norm(x kv_down)             R entries, and r = turn(x k_turned), P entries: all that a cache keeps, U in all
   k = (c k, r), v = c v           a head's key has H entries that do not turn and P that all heads share
   q = (n q, turn(n q_turned))     of n = x, or of a latent n = norm(x q_down) of Q entries
 
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from lmlib import sharding
 from lmlib.kernels import attention as kernel
+from lmlib.kernels import decode_attention
 from lmlib.kernels.attention import Pattern
+from lmlib.kernels.tpu import LANES
 from lmlib.nn import layers
 from lmlib.nn.places import Places
 from lmlib.nn.positions import rotate
@@ -39,6 +41,12 @@ class LatentStyle:
       raise ValueError(f'LatentStyle.scale={self.scale} must be positive')
 
   @property
+  def kept(self) -> int:
+    """U: the width of what a cache keeps of a place: c, then r, then zeros up to a multiple of a TPU's lanes."""
+    width = self.rank + self.turned_width
+    return width if width < LANES else -(-width // LANES) * LANES
+
+  @property
   def pattern(self) -> Pattern:
     return Pattern(scale=self.scale * (self.head_width + self.turned_width) ** -0.5)
 
@@ -56,7 +64,7 @@ class LatentStyle:
 
 
 class LatentAttention(nn.Module):
-  """`kept`, a layer's (c_BSR, r_BSP), makes it decode; None trains."""
+  """`kept`, a layer's (x_B1SU,), makes it decode; None trains."""
   width: int
   heads: int
   style: LatentStyle = LatentStyle()
@@ -85,23 +93,16 @@ class LatentAttention(nn.Module):
     k_RKH, v_RKW = (layers.cast(layers.weight(self, name, axes, 'R'), dtype)
                     for name, axes in (('k', 'RKH'), ('v', 'RKW')))
 
-    seen, rows = (c_BTR, r_BTP), places.rows
-    if kept is not None:
-      seen, kept = places.coming.join(kept, seen)
-      rows = rows.replace(place_BS=places.coming.places_BS)
-    absorbed = kept is not None and self.style.absorbs(x_BTD.shape[1], seen[0].shape[1])
-    attend = self.absorbed if absorbed else self.plain
-    implementation = self.implementation
-    if kept is not None:
-      implementation = self.decoding if places.coming.step else 'auto'
-    out_BTKW = attend((q_BTKH, turned_BTKP), seen, rows, k_RKH, v_RKW, implementation)
+    if kept is None:
+      out_BTKW = self.plain((q_BTKH, turned_BTKP), c_BTR, r_BTP, places.rows, k_RKH, v_RKW, self.implementation)
+    else:
+      out_BTKW, kept = self.read((q_BTKH, turned_BTKP), c_BTR, r_BTP, kept, places, k_RKH, v_RKW)
     out_KWD = layers.cast(layers.weight(self, 'out', 'KWD', 'KW', self.out_scale), dtype)
     out_BTKW = layers.kept(sharding.constrain(out_BTKW, 'BTKW'), 'attended')
     return layers.product('BTKW,KWD->BTD', out_BTKW, out_KWD), kept
 
-  def plain(self, q, seen, rows, k_RKH, v_RKW, implementation: str):
+  def plain(self, q, c_BSR, r_BSP, rows, k_RKH, v_RKW, implementation: str):
     """Attention with the keys and values that the latents stand for, BTKW."""
-    c_BSR, r_BSP = (x.astype(q[0].dtype) for x in seen)
     k_BSKH, v_BSKW = layers.product('BSR,RKH->BSKH', c_BSR, k_RKH), layers.product('BSR,RKW->BSKW', c_BSR, v_RKW)
     r_BSKP = jnp.broadcast_to(r_BSP[:, :, None], (*k_BSKH.shape[:3], r_BSP.shape[-1]))
     q_BTKGH = jnp.concatenate(q, -1)[:, :, :, None]
@@ -110,12 +111,28 @@ class LatentAttention(nn.Module):
     return kernel.attention(q_BTKGH, k_BSKH, v_BSKW, self.style.pattern, rows,
                             implementation=implementation)[:, :, :, 0]
 
-  def absorbed(self, q, seen, rows, k_RKH, v_RKW, implementation: str):
-    """The same, of one key head of width R + P whose values are the latents."""
-    c_BSR, r_BSP = (x.astype(q[0].dtype) for x in seen)
+  def read(self, q, c_BTR, r_BTP, kept, places: Places, k_RKH, v_RKW):
+    """Attention to what a cache keeps, BTKW, and that with these tokens in it."""
+    coming, R, P = places.coming, self.style.rank, self.style.turned_width
+    new_BTU = fill(jnp.concatenate([c_BTR, r_BTP], -1), self.style.kept)
+    seen, kept = coming.join(kept, (new_BTU[:, :, None],))
+    rows, x_BSU = places.rows.replace(place_BS=coming.places_BS), seen[0][:, :, 0]
+    asked = self.decoding if coming.step else 'reference'
+    if asked in ('auto', 'reference') and not self.style.absorbs(q[0].shape[1], x_BSU.shape[1]):
+      return self.plain(q, x_BSU[..., :R], x_BSU[..., R:R + P], rows, k_RKH, v_RKW, 'auto'), kept
+    # The same, of one key head whose values are the latents: what q meets in k is what q k' meets in the latent.
     q_BTKR = jnp.einsum('BTKH,RKH->BTKR', q[0], layers.array(k_RKH))
-    q_BTGH = jnp.concatenate([q_BTKR, q[1]], -1)[:, :, None]
-    k_BSH = jnp.concatenate([c_BSR, r_BSP], -1)[:, :, None]
-    out_BTKR = kernel.attention(q_BTGH, k_BSH, c_BSR[:, :, None], self.style.pattern, rows,
-                                implementation=implementation)[:, :, 0]
-    return jnp.einsum('BTKR,RKW->BTKW', out_BTKR, layers.array(v_RKW))
+    q_BTGU = jnp.concatenate([q_BTKR, q[1]], -1)[:, :, None]
+    held = coming.held(seen, kept, value_width=R)
+    if by := decode_attention.of_step(q_BTGU, held, [], asked):
+      out_BTGR = decode_attention.decode_attention(q_BTGU, held, self.style.pattern, place_BT=rows.place_BT,
+                                                   implementation=by)
+    else:  # zeros meet what fills up a place, so that neither keys nor values are cut out of it
+      x_BSKU = x_BSU[:, :, None]
+      out_BTGR = kernel.attention(fill(q_BTGU, x_BSU.shape[-1]), x_BSKU, x_BSKU, self.style.pattern, rows)[..., :R]
+    return jnp.einsum('BTKR,RKW->BTKW', out_BTGR[:, :, 0], layers.array(v_RKW)), kept
+
+
+def fill(x, width: int):
+  """x with zeros behind its last axis, up to `width`."""
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])

@@ -145,7 +145,7 @@ def room(config, params) -> int:
 def read(config, params, x_SD) -> tuple[jax.Array, jax.Array]:
   """The keys and values, LSKH, that a decoder makes of vectors in the place of embeddings."""
   length, ends = x_SD.shape[0], config.ends
-  execution = dataclasses.replace(config.execution, remat=None, dropout=None)
+  execution = dataclasses.replace(config.execution, remat=None, dropout=None, cache=None)
   virtual = dataclasses.replace(config, vocab=length, execution=execution)
   params = params | {'embedding': x_SD} | ({} if ends.tied else {'output': jnp.zeros((config.width, length))})
   cache = virtual.cache(1, length)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from lmlib import sharding
 from lmlib.kernels import cross_entropy
-from lmlib.kernels.attention import DECODING, IMPLEMENTATIONS
+from lmlib.kernels.attention import IMPLEMENTATIONS
+from lmlib.kernels.decode_attention import DECODING
 from lmlib.nn import pipeline
+from lmlib.nn.cache import EIGHTS
 from lmlib.nn.layers import KEPT
 
 # What the backward pass finds in memory; the rest it computes again.
@@ -28,7 +30,8 @@ class Execution:
   remat: str | tuple[str, ...] | None = None  # what the backward pass finds: None all, 'dots', 'full', or what it names
   dropout: float | None = None  # share of each block's output that training zeroes
   attention: str = 'auto'  # which of kernels.attention.IMPLEMENTATIONS; with a cache a prompt is read by 'auto'
-  decoding: str = 'auto'  # which of kernels.attention.DECODING, for up to 16 tokens a row behind those that are cached
+  decoding: str = 'auto'  # which of decode_attention.DECODING, for up to 16 tokens a row behind those that are cached
+  cache: str | None = None  # type of cached keys and values: dtype, or 'int8' or 'float8_e4m3fn' with scales
   loss: str = 'auto'  # which of kernels.cross_entropy.IMPLEMENTATIONS makes losses and log-probabilities of logits
   apart: bool = False  # unrolled, weights and caches of every layer arrays of their own: serve/weights.py makes them
 
@@ -43,6 +46,8 @@ class Execution:
       raise ValueError(f"Execution.attention={self.attention!r} must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
     if self.decoding not in ('auto', *DECODING):
       raise ValueError(f"Execution.decoding={self.decoding!r} must be 'auto' or one of {sorted(DECODING)}")
+    if self.cache not in (None, *EIGHTS):
+      raise ValueError(f"Execution.cache={self.cache!r} must be None, for the type of activations, or one of {EIGHTS}")
     if self.loss not in ('auto', *cross_entropy.IMPLEMENTATIONS):
       raise ValueError(f"Execution.loss={self.loss!r} must be 'auto' or one of {sorted(cross_entropy.IMPLEMENTATIONS)}")
     if self.dropout is not None and not 0 < self.dropout < 1:
@@ -50,6 +55,11 @@ class Execution:
     if self.apart and (self.scan or self.remat is not None or self.dropout is not None):
       raise ValueError(f'Execution.apart is for decoding; it needs scan=False, remat=None and dropout=None, not '
                        f'scan={self.scan}, remat={self.remat!r} and dropout={self.dropout}')
+
+  @property
+  def cached(self) -> str:
+    """The type of what a cache keeps."""
+    return self.cache or self.dtype
 
 
 def stack(block: type[nn.Module], layers: int, execution: Execution, *, shared: int):

@@ -65,12 +65,12 @@ def quantised(w_DF, bits: int = 8, block: int | None = None, *, zero: bool = Fal
 
 
 def rows(x_MD, dtype=jnp.int8) -> tuple[jax.Array, jax.Array]:
-  """(values_MD, scale_M float32): activations in int8 or float8_e4m3fn with a scale for each row."""
+  """(values_MD, scale_M float32): activations in int8 or float8_e4m3fn, with a scale a row; M may be many axes."""
   whole = jnp.issubdtype(dtype, jnp.integer)
   most = float((jnp.iinfo if whole else jnp.finfo)(dtype).max)
   x_MD = x_MD.astype(jnp.float32)
   scale_M = _above_zero(jnp.abs(x_MD).max(-1) / most)
-  unit_MD = jnp.clip(x_MD / scale_M[:, None], -most, most)
+  unit_MD = jnp.clip(x_MD / scale_M[..., None], -most, most)
   return (jnp.round(unit_MD) if whole else unit_MD).astype(dtype), scale_M
 
 

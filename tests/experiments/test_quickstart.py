@@ -26,7 +26,7 @@ def losses(tmp_path_factory, texts, environment):
              *([] if 'tensor' in layout else ['pretrain.main.prompts = ()'])]
     done = subprocess.run([sys.executable, ROOT / 'experiments/pretrain.py', '--gin_file=quickstart.gin',
                            *(f'--gin_bindings={binding}' for binding in given)], text=True, capture_output=True,
-                          env=environment | fake_devices(devices) | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
+                          env=environment | fake_devices(devices))
     assert (done.returncode, done.stderr) == (0, '')
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
     return np.array([json.loads(line)['loss'] for line in lines])

@@ -1,7 +1,7 @@
 """Which implementation can do what, found by doing it: writes the tables of docs/kernels.md.
 
-  python -m tests.kernels.support            runs every case by every implementation and writes what it found
-  python -m tests.kernels.support --check    fails if docs/kernels.md says anything else
+  python -m tests.kernels.support                runs every case by every implementation and writes what it found
+  pytest tests/kernels/support_matrix.py         fails if docs/kernels.md says anything else
 
 Each case is held to float64, values and gradients, on a CPU that interprets kernels. A case that an implementation
 refuses is left blank; one that it accepts and gets wrong ends the program. What no CPU interprets is marked by what it
@@ -9,7 +9,6 @@ says of itself, and was held to float64 by benchmarks/kernels.py on a GPU.
 """
 import os
 import pathlib
-import sys
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
@@ -21,8 +20,7 @@ DOCS = pathlib.Path(__file__).parents[2] / 'docs' / 'kernels.md'
 CLOSE = {'float32': 2e-6, 'float16': 1e-3, 'bfloat16': 4e-3}
 YES, SAYS, NO = '●', '○', ''
 ELSEWHERE = {'attention': ('hopper', 'cudnn')}
-TRAINING = {name: run for name, run in attention.IMPLEMENTATIONS.items() if not name.startswith('decode')}
-OPERATIONS = {'attention': (TRAINING, support_attention.CASES),
+OPERATIONS = {'attention': (attention.IMPLEMENTATIONS, support_attention.CASES),
               'decode_attention': (decode_attention.IMPLEMENTATIONS, support_others.steps()),
               'grouped_matmul': (grouped_matmul.IMPLEMENTATIONS, support_others.GROUPS),
               'cross_entropy': (cross_entropy.IMPLEMENTATIONS, support_others.WORDS),
@@ -43,34 +41,38 @@ def found(operation: str, implementation: str, name: str, case) -> str:
   return YES
 
 
-def table(operation: str) -> str:
-  """In Markdown."""
+def head(operation: str) -> list[str]:
+  """The lines above a table's rows, in Markdown."""
+  names = list(OPERATIONS[operation][0])
+  return ['| | ' + ' | '.join(f'`{name}`' for name in names) + ' |', '|---|' + ':-:|' * len(names)]
+
+
+def row(operation: str, name: str) -> str:
+  """The row of a case, found by running it."""
   implementations, cases = OPERATIONS[operation]
-  names = list(implementations)
-  lines = ['| | ' + ' | '.join(f'`{name}`' for name in names) + ' |', '|---|' + ':-:|' * len(names)]
-  for name, case in cases.items():
-    marks = [found(operation, implementation, name, case) for implementation in names]
-    lines.append(f'| {name} | ' + ' | '.join(marks) + ' |')
-    print(lines[-1], flush=True)
-  return '\n'.join(lines)
+  marks = [found(operation, implementation, name, cases[name]) for implementation in implementations]
+  return f'| {name} | ' + ' | '.join(marks) + ' |'
 
 
-def replaced(text: str, operation: str, lines: str) -> str:
-  """`text` with the table of an operation between its two marks."""
-  before, rest = text.split(f'<!-- support: {operation} -->\n')
-  _, after = rest.split('<!-- end -->', 1)
-  return f'{before}<!-- support: {operation} -->\n{lines}\n<!-- end -->{after}'
+def around(text: str, operation: str) -> tuple[str, str, str]:
+  """`text` before the table of an operation, its lines, and what follows."""
+  mark = f'<!-- support: {operation} -->\n'
+  before, rest = text.split(mark)
+  table, after = rest.split('\n<!-- end -->', 1)
+  return before + mark, table, '\n<!-- end -->' + after
 
 
 def main():
-  old = new = DOCS.read_text()
-  for operation in OPERATIONS:
+  text = DOCS.read_text()
+  for operation, (_, cases) in OPERATIONS.items():
     print(f'\n{operation}')
-    new = replaced(new, operation, table(operation))
-  if sys.argv[1:] != ['--check']:
-    DOCS.write_text(new)
-  elif new != old:
-    raise SystemExit(f'{DOCS} says otherwise: python -m tests.kernels.support writes what was found')
+    lines = head(operation)
+    for name in cases:
+      lines.append(row(operation, name))
+      print(lines[-1], flush=True)
+    before, _, after = around(text, operation)
+    text = before + '\n'.join(lines) + after
+  DOCS.write_text(text)
 
 
 if __name__ == '__main__':

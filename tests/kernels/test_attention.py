@@ -180,15 +180,18 @@ def test_queries_and_keys_of_different_documents():
   assert not found[0][:, 4].any()
 
 
-def test_keys_in_front_are_seen_by_every_query():
-  """Of every document and whatever the window; the places of the others do not count them."""
+@pytest.mark.parametrize('implementation', ['reference', 'gpu', 'tpu'])
+def test_keys_in_front_are_seen_by_every_query(implementation):
+  """Of every document and whatever the window; the places of the others do not count them. A sink counts once."""
   segments_BT = segments(6)
   for pattern, rows in ((Pattern(), Rows(segment_BT=segments_BT)), (Pattern(window=2), Rows())):
     given = arrays(6, 9)
     sees = lambda b, t, s, rows=rows, pattern=pattern: s < 3 or (
         s - 3 <= t < s - 3 + (pattern.window or 9)
         and (rows.segment_BT is None or segments_BT[b, t] == segments_BT[b, s - 3]))
-    assert_all_close(computed('auto', *given, pattern, rows.replace(front=3)), loops(*given, sees))
+    sink = {'sink_KG': np.linspace(-1, 1, K * G, dtype=np.float32).reshape(K, G)} if pattern.window else {}
+    assert_all_close(computed(implementation, *given, pattern, rows.replace(front=3), **sink),
+                     loops(*given, sees, **sink))
   with pytest.raises(ValueError, match=r'front=3 keys have no place'):
     computed('auto', *given, Pattern(), Rows(front=3), slope_KG=np.ones((K, G), np.float32))
 
@@ -225,7 +228,7 @@ def test_what_cannot_be_done_is_refused():
     kernel.attention(q, k, v)
   with pytest.raises(ValueError, match=r"'blocked' cannot do places \(a cache\), other num.*'reference', 'tpu' can"):
     kernel.attention(q, k, v, rows=Rows(place_BT=np.array([[0, 1, 2, 3]])), implementation='blocked')
-  with pytest.raises(ValueError, match=r"'fast' is none of \['blocked', 'cudnn', 'decode_gpu'"):
+  with pytest.raises(ValueError, match=r"'fast' is none of \['blocked', 'cudnn', 'gpu', 'hopper'"):
     kernel.attention(q, q[..., 0, :], q[..., 0, :], implementation='fast')
   for pattern, lacking in ((Pattern(window=3), 'a window'), (Pattern(causal=False), 'both directions'),
                            (Pattern(softcap=3.0), 'a softcap')):

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from lmlib import sharding
-from lmlib.kernels import attention as whole
 from lmlib.kernels import decode_attention as kernel
 from lmlib.kernels import decode_attention_gpu, decode_attention_tpu
-from lmlib.kernels.attention import Pattern, Rows
+from lmlib.kernels.attention import Pattern
 from lmlib.kernels.decode_attention import Held
 from lmlib.models import dense, latent_moe, protocol
 from lmlib.nn import cache
@@ -324,11 +323,8 @@ def test_what_cannot_be_done_is_refused():
       kernel.partial(q[:, :1], wrong, Pattern())
   with pytest.raises(ValueError, match='is no multiple of 8'):
     decode_attention_tpu.attention(q, held, Pattern(), held.queries_BT(17), sizes_of=decode_attention_tpu.Sizes(12))
-  documents = Rows(place_BT=np.zeros((4, 1), np.int32), place_BS=held.places_BS(), segment_BT=np.ones((4, 1), np.int32),
-                   segment_BS=np.ones((4, 48), np.int32))
-  turned = (q[:, :1], jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2))
-  with pytest.raises(ValueError, match=r"'decode_gpu' cannot do slopes, documents; 'gpu', 'reference', 'tpu' can"):
-    whole.attention(*turned, rows=documents, slope_KG=jnp.ones((2, 3)), implementation='decode_gpu')
+  with pytest.raises(ValueError, match=r"'decode_gpu' cannot do slopes; 'reference' can"):
+    kernel.of_step(q[:, :1], held, ['slopes'], 'decode_gpu')
   with pytest.raises(ValueError, match=r"Execution.decoding='gpu' must be 'auto' or one of"):
     Execution(decoding='gpu')
 

@@ -6,7 +6,7 @@ import pytest
 
 from lmlib import sharding
 from lmlib.kernels import attention as kernel
-from lmlib.kernels import ring_attention
+from lmlib.kernels import attention_parts, ring_attention
 from lmlib.kernels.attention import Pattern, Rows
 from tests.kernels.test_attention import B, G, K, arrays, loops, segments
 
@@ -83,12 +83,12 @@ def test_parts_that_nobody_sees_are_not_computed():
   q, k, v, _ = arrays(8, 8)
   k[:, 4:] = v[:, 4:] = np.nan
   place_BT = np.concatenate([np.arange(4), np.arange(20, 24)])[None]  # keys 20 .. 23 are before no query of the first 4
-  part = ring_attention.Part(place_BT, place_BT, None, None, None)
-  out, lse = ring_attention.plain(q, k, v, pattern=Pattern(), rows=part)
+  part = attention_parts.Part(place_BT, place_BT)
+  out, lse = attention_parts.plain(q, k, v, pattern=Pattern(), rows=part)
   assert np.isfinite(out[:, :4]).all()
   assert np.isnan(out[:, 4:]).all()
-  _, lse = ring_attention.plain(q[:, :4], k[:, 4:], v[:, 4:], pattern=Pattern(), rows=ring_attention.Part(
-      place_BT[:, :4], place_BT[:, 4:], None, None, None))
+  _, lse = attention_parts.plain(q[:, :4], k[:, 4:], v[:, 4:], pattern=Pattern(), rows=attention_parts.Part(
+      place_BT[:, :4], place_BT[:, 4:]))
   assert np.isneginf(lse).all()
 
 

@@ -1,4 +1,5 @@
 """Latent attention: scores in the latent are those of the keys that it stands for; what a cache keeps."""
+import dataclasses
 import functools
 
 import jax
@@ -41,10 +42,12 @@ def test_few_queries_are_scored_in_the_latent_and_many_against_keys():
 
 
 def test_a_cache_keeps_latents_and_turned_keys_alone():
-  cache = CONFIG.cache(3, 20)
-  shapes = [x.shape for x in jax.tree.leaves(cache.layers)]
+  """In one array a stack; those of DeepSeek, 576 wide, with zeros up to 640, which a TPU reads where they lie."""
   style = CONFIG.attention
-  assert shapes == [(1, 3, 20, style.rank), (1, 3, 20, style.turned_width)] * 2  # of dense layers, of the others
+  for config, width in ((CONFIG, style.rank + style.turned_width),
+                        (dataclasses.replace(CONFIG, attention=LatentStyle()), 640)):
+    shapes = [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda config=config: config.cache(3, 20)).layers)]
+    assert shapes == [(1, 3, 1, 20, width)] * 2  # of dense layers, of the others
 
 
 @pytest.mark.parametrize(('settings', 'said'), [

@@ -1,4 +1,4 @@
-"""Every strategy, alone and with others, equals one device: `pytest tests/plan/verify_matrix.py`, minutes long."""
+"""Every strategy, alone and with others, equals one device; minutes: `pytest --dist worksteal` of this file."""
 import functools
 
 import pytest
