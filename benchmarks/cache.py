@@ -23,7 +23,7 @@ import numpy as np
 from lmlib import trees
 from lmlib.interop import gguf
 
-TEXTS, LENGTH, CHUNK, ROUNDS = 8, 1024, 16, 5
+TEXTS, LENGTH, CHUNK, ROUNDS = 4, 512, 16, 5
 FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 KINDS = (None, 'int8', 'float8_e4m3fn')
 

@@ -38,4 +38,4 @@ def test_eight_devices_train_like_one(losses):
   one = losses(1, {})
   assert len(one) == STEPS
   assert one[-1] < one[0] - 0.5
-  np.testing.assert_allclose(losses(8, dict(data=1, stage=2, fsdp=2, tensor=2)), one, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(losses(8, dict(data=2, fsdp=2, tensor=2)), one, atol=1e-4, rtol=0)

@@ -19,8 +19,8 @@ from tests.laws.models import CONFIGS, executed, made
 
 deep = lambda name, **changes: dataclasses.replace(CONFIGS[name], **{'layers': 4, **changes})
 MODELS = {
-    'dense': executed(deep('dense'), dropout=0.3),
-    'dense remat': executed(deep('dense'), scan=False, remat='full'),
+    'dense': deep('dense'),
+    'dense remat': executed(deep('dense'), scan=False, remat='full', dropout=0.3),
     'windows': executed(deep('dense', attention=AttentionStyle(patterns=(Pattern(window=3), Pattern()))), remat='dots'),
     'moe': deep('moe', heads=2, experts=Experts(4, 16, TopK(2, balanced=True, balance_loss=0.01, z_loss=0.01,
                                                             capacity=1.5))),
@@ -73,12 +73,12 @@ def assert_equal(found, wanted):
 
 
 @pytest.mark.parametrize(('model', 'layout'), [
-    ('dense', Layout(stage=2, fsdp=2, tensor=2)),
     ('dense remat', Layout(stage=4, fsdp=2, pipeline=Pipeline(1))),
     ('windows', Layout(stage=2, data=4, pipeline=Pipeline(4, rounds=2))),
     ('moe', Layout(stage=2, fsdp=4)),
 ], ids=lambda x: str(x))
 def test_stages_equal_one_device(model, layout):
+  """What plan/verify_matrix.py does not try: remat and dropout, windows in rounds, a capacity."""
   assert_equal(on(layout, MODELS[model], 16), alone(MODELS[model], 16))
 
 

@@ -62,13 +62,11 @@ def test_microbatches_equal_the_large_batch(microbatches, one_device):
   assert_close(after(None, microbatches), one_device)
 
 
-@pytest.mark.parametrize('layout', [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2),
-                                    dict(data=4, tensor=2), dict(data=2, context=4),
-                                    dict(data=1, fsdp=2, context=2, tensor=2), dict(data=2, fsdp=4, zero=1),
-                                    dict(data=1, fsdp=4, tensor=2, zero=2),
+@pytest.mark.parametrize('layout', [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=2, zero=2),
                                     dict(data=2, context=2, tensor=2, sequence=True),
                                     dict(data=2, fsdp=4, zero=1, offload=True)], ids=str)
 def test_eight_devices_equal_one(layout, one_device):
+  """Every strategy once; plan/verify_matrix.py has more."""
   assert_close(after(sharding.Layout(**layout)), one_device)
 
 
