@@ -1,6 +1,6 @@
 """Kernels on a GPU beside their peers: attention, forward and backward, packed documents, decoding, cross-entropy.
 
-  python benchmarks/kernels.py            on a machine with an H100 or H200, jax[cuda13] and, for one peer, torch
+  python benchmarks/kernels.py     on a machine with an H100 or H200, jax[cuda13] and, for two peers, torch and tokamax
 
 Attention is causal, bfloat16, 32 query heads on 8 key heads of width 128, 16,384 tokens (32,768 at the last length)
 in rows of 2k to 32k. FLOP/s count the products that causality leaves, forward 2 and backward 5 of them. All sides
@@ -53,6 +53,33 @@ def attends(implementation: str):
   from lmlib.kernels import attention
   return lambda q, k, v, segments_BT=None: attention.attention(
       q, k, v, rows=attention.Rows(segment_BT=segments_BT), implementation=implementation)
+
+
+def by_tokamax(implementation: str):
+  """The same by tokamax, one document a row."""
+  import tokamax
+
+  def attend(q_BTKGH, k_BSKH, v_BSKH):
+    B, T, K, G, H = q_BTKGH.shape
+    out_BTNH = tokamax.dot_product_attention(q_BTKGH.reshape(B, T, K * G, H), k_BSKH, v_BSKH, is_causal=True,
+                                             implementation=implementation)
+    return out_BTNH.reshape(q_BTKGH.shape)
+
+  return attend
+
+
+def peers() -> dict:
+  """attention(q, k, v) by what others wrote for JAX, of those that are installed and do the case."""
+  import jax
+  found = {'cudnn': attends('cudnn')}
+  for kind in ('mosaic', 'triton') if importlib.util.find_spec('tokamax') else ():
+    try:
+      jax.eval_shape(by_tokamax(kind), *jax.eval_shape(lambda: new(LENGTHS[0], jax.random.key(0)))[:3])
+    except Exception as reason:  # a package of any version may raise any
+      print(f'tokamax by {kind!r} is left out: {type(reason).__name__}: {str(reason).splitlines()[0]}', flush=True)
+    else:
+      found[f'tokamax {kind}'] = by_tokamax(kind)
+  return found
 
 
 def seconds(function, *arguments) -> float:
@@ -110,8 +137,9 @@ def errors() -> dict[str, float]:
 def dense(figures) -> None:
   """TFLOP/s of every side at every length, medians and their range, and ratios to cuDNN round by round."""
   import jax
+  others, ours = peers(), {name: attends(name) for name in ('hopper', 'gpu')}
   for length in LENGTHS:
-    sides = {name: Side(attends(name)) for name in ('cudnn', 'hopper', 'gpu')}
+    sides = {name: Side(attend) for name, attend in (others | ours).items()}
     taken = {name: [] for name in sides}
     for turn in range(ROUNDS):
       arrays = new(length, jax.random.key(turn))
