@@ -13,7 +13,7 @@ lint:
 
 # Every layout is one device; minutes.
 layouts:
-	$(python) -m pytest tests/plan/verify_matrix.py tests/nn/dispatch_matrix.py
+	$(python) -m pytest --dist worksteal tests/plan/verify_matrix.py tests/nn/dispatch_matrix.py
 
 # Several real processes that are killed, stuck, slow, or lose their disk, and one run through twenty kills; half an hour.
 faults:

@@ -6,6 +6,7 @@ mask the last device would have all the work: before the ring parts change place
 and 2c - 1 - i of 2c (as in Llama 3, Dubey et al. 2024; Striped Attention, Brandon et al. 2023, deals out single
 tokens), and back after it. Unlike there nobody outside sees another order: embeddings, losses and whatever looks at
 neighbours find tokens where they were.
+
 Packed documents, prefixes, windows and sinks are those of a row on one device, for every part carries its places and
 documents along. A bias stays with the queries, each device's with all keys of the row. Keys in front of all rows are on
 every device, and met before the first part.

@@ -39,6 +39,11 @@ def plain(kept, dtype):
   return _each(lambda x: x.plain(dtype) if isinstance(x, Scaled) else x, kept)
 
 
+def like(old, new):
+  """New entries as a layer keeps the old ones."""
+  return _each(lambda old, new: Scaled.of(new, old.values.dtype) if isinstance(old, Scaled) else new, old, new)
+
+
 def _each(function, *trees):
   return jax.tree.map(function, *trees, is_leaf=lambda x: isinstance(x, Scaled))
 
@@ -133,12 +138,7 @@ class Coming:
     if self.ring:  # of more tokens than slots the last stay
       kept_BT = (self.place_BT >= 0) & (self.place_BT >= self.used_B[:, None] - self.slots)
       slot_BT = jnp.where(kept_BT, self.place_BT % self.slots, self.slots)
-
-    def with_new(old, new):
-      new = Scaled.of(new, old.values.dtype) if isinstance(old, Scaled) else new
-      return jax.tree.map(lambda old, new: put(old, new, slot_BT), old, new)
-
-    return _each(with_new, old, new)
+    return jax.tree.map(lambda old, new: put(old, new, slot_BT), old, like(old, new))
 
   def join(self, old, new):
     """(what queries of the new tokens may look at, such as BSKH, at places_BS; a layer's arrays afterwards)."""
@@ -147,7 +147,8 @@ class Coming:
       return new, after
     dtype = jax.tree.leaves(new)[0].dtype
     seen = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 1), plain(old if self.pushes else after, dtype))
-    if self.pushes:
+    if self.pushes:  # new entries are seen as they will be kept, so that it does not matter how many come at once
+      new = plain(like(old, new), dtype)
       seen = jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1), seen, new)
     return seen, after
 

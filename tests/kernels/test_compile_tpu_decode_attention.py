@@ -1,13 +1,18 @@
 """Steps of decoding compile for every TPU at the sizes of models that are served, and read caches where they lie."""
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from lmlib.kernels import attention, decode_attention
-from lmlib.kernels.attention import Pattern, Rows
+from lmlib import trees
+from lmlib.kernels import decode_attention
+from lmlib.kernels.attention import Pattern
 from lmlib.kernels.decode_attention import Held
+from lmlib.models import dense, latent_moe, protocol
+from lmlib.nn.latent_attention import LatentStyle
+from lmlib.nn.stack import Execution
 from lmlib.plan import compiled
 
 pytest.importorskip('libtpu')
@@ -59,13 +64,30 @@ def test_compiles_and_copies_no_cache(chip, name):
   assert flops <= program.cost_analysis()['flops'] < 1.2 * flops
 
 
-def test_a_step_of_a_model_takes_it_by_itself():
-  """And reads a cache as models keep it, BKSH, where it lies."""
-  shape = lambda dtype, *axes: jax.ShapeDtypeStruct(axes, dtype)
-  step = lambda q, k, v, place_BT, place_BS: attention.attention(
-      q, jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), Pattern(), Rows(place_BT=place_BT, place_BS=place_BS))
-  k = shape(jnp.bfloat16, 64, 8, 8192, 128)
-  program = compiled.program(step, shape(jnp.bfloat16, 64, 1, 8, 4, 128), k, k, shape(jnp.int32, 64, 1),
-                             shape(jnp.int32, 64, 8192), machine='v5e')
-  assert 'decode_attention' in program.as_text()
-  assert program.memory_analysis().temp_size_in_bytes < 2**24
+def step(config, B: int = 16):
+  """(the program of a step of a model on a v5e, the bytes of its cache), with all places but one filled."""
+  params = jax.eval_shape(lambda: protocol.new(config, jax.random.key(0)))
+  cache = jax.eval_shape(lambda: config.cache(B, config.length)).replace(fresh=False)
+  run = lambda params, cache, tokens_BT: config.model().apply({'params': params}, tokens_BT, None, cache,
+                                                              method='hidden')[:2]
+  tokens_BT = jax.ShapeDtypeStruct((B, 1), jnp.int32)
+  return compiled.program(run, params, cache, tokens_BT, machine='v5e'), trees.nbytes(cache.layers)
+
+
+SIZES = dict(vocab=512, width=512, hidden=512, heads=32, length=8192)
+
+
+@pytest.mark.parametrize('cache', [None, 'int8'])
+def test_steps_of_models_take_it_by_themselves(cache):
+  """Its calls are those that the model makes when it is asked for by name, and none where the reference is."""
+  config = dense.Config(layers=1, kv_heads=8, head_width=128, **SIZES)
+  calls = {name: step(dataclasses.replace(config, execution=Execution('bfloat16', cache=cache, decoding=name)))[0]
+           .as_text().count('tpu_custom_call') for name in ('auto', 'decode_tpu', 'reference')}
+  assert calls['auto'] == calls['decode_tpu'] > calls['reference'] == 0
+
+
+def test_latents_are_read_where_a_cache_keeps_them():
+  """What is made beside is less than a fiftieth of it: nothing is joined, filled up or laid out anew."""
+  program, kept = step(latent_moe.Config(layers=2, dense_layers=1, attention=LatentStyle(),
+                                         execution=Execution('bfloat16'), **SIZES))
+  assert program.memory_analysis().temp_size_in_bytes < kept / 50

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 from lmlib import sharding, trees
+from lmlib.models import protocol
+from lmlib.nn import adapters
 from lmlib.nn.cache import EIGHTS, Cache, Scaled
+from lmlib.nn.prompts import Prompt
+from lmlib.serve.drafts import Lookup
 from lmlib.serve.generate import generate
+from lmlib.serve.weights import laid_out
 from tests.laws.encoders import T5
 from tests.laws.encoders import made as made_t5
 from tests.laws.models import CONFIGS, executed, made, tokens
@@ -45,7 +50,7 @@ def test_entries_are_the_nearest_numbers(dtype):
 
 
 @pytest.mark.parametrize(('name', 'dtype'), [('dense', 'int8'), ('dense', 'float8_e4m3fn'), ('sandwich', 'int8'),
-                                             ('alibi', 'float8_e4m3fn'), ('latent_moe', 'int8')])
+                                             ('window', 'int8'), ('alibi', 'float8_e4m3fn'), ('latent_moe', 'int8')])
 def test_little_is_lost_and_chunks_do_not_matter(name, dtype):
   config = CONFIGS[name]
   params, tokens_BT = made(config), tokens(config, 3, 12)
@@ -97,6 +102,27 @@ def test_a_text_goes_on_the_same_on_devices():
   expected = written(config)
   with sharding.use(sharding.Layout(data=2, tensor=2), jax.devices()[:4]):
     assert written(config) == expected
+
+
+def test_drafts_and_weights_laid_out_write_the_same():
+  """In a ring, where several tokens at once see what the last of them push out."""
+  config = executed(CONFIGS['window'], cache='int8')
+  params, prompts = made(config), [[5, 3, 9, 5, 3], list(range(12, 24))]
+  expected = generate(config, params, prompts, new=8, temperature=0.0)
+  assert generate(config, params, prompts, new=8, temperature=0.0, draft=Lookup()) == expected
+  assert generate(*laid_out(config, params), prompts, new=8, temperature=0.0) == expected
+
+
+def test_virtual_tokens_stay_plain_and_in_front():
+  """Of Prompt they are read by the model, and what is cached behind them is of 8 bits; kernels of steps refuse them."""
+  config, method = CONFIGS['dense'], Prompt(3)
+  tree = adapters.new(method, protocol.boxed(config), made(config), jax.random.key(0))
+  params, tokens_BT = adapters.attach(config, made(config), adapters.Adapter(tree, method)), tokens(config, 2, 9)
+  exact_BTV = decoded(config, params, tokens_BT, (6, 2))
+  error = np.linalg.norm(decoded(executed(config, cache='int8'), params, tokens_BT, (6, 2)) - exact_BTV)
+  assert 1e-4 < error / np.linalg.norm(exact_BTV) < LOST['int8']
+  with pytest.raises(ValueError, match="'decode_tpu' cannot do keys in front"):
+    decoded(executed(config, cache='int8', decoding='decode_tpu'), params, tokens_BT, (6, 2))
 
 
 def test_other_types_are_refused():
